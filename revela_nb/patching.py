@@ -142,12 +142,12 @@ def check_batch(
     input_ids:Tensor, # (B, L)
     attention_mask:Tensor, # (B, L)
     weights:Tensor, # (B, B)
-    labels:Tensor, # (B, L)
+    labels:Tensor|None, # (B, L), if given
 )->None:
     "Raises ValueError where the shapes do not fit together."
     B = len(input_ids)
     for name, x in (("attention_mask", attention_mask), ("labels", labels)):
-        if x.shape != input_ids.shape: raise ValueError(f"{name} has shape {tuple(x.shape)}, input_ids {tuple(input_ids.shape)}")
+        if x is not None and x.shape != input_ids.shape: raise ValueError(f"{name} has shape {tuple(x.shape)}, input_ids {tuple(input_ids.shape)}")
     if weights.shape != (B, B): raise ValueError(f"weights must be ({B}, {B}) for {B} chunks, got {tuple(weights.shape)}")
 
 def double(
@@ -170,8 +170,8 @@ def in_batch_forward(
 )->InBatchOutput: # .loss and .plain_loss (scalars), .logits
     "Both streams of Revela in one call on a doubled batch (Revela section 3.2). Raises ValueError, TypeError."
     model = base_lm(lm)
-    labels = input_ids.masked_fill(attention_mask == 0, -100) if labels is None else labels
     check_batch(input_ids, attention_mask, weights, labels)
+    labels = input_ids.masked_fill(attention_mask == 0, -100) if labels is None else labels
     positions, reading = labelled_positions(labels, attention_mask), Reading(weights, attention_mask.bool(), value_norm)
     both = positions.repeat(2, 1)
     with in_batch_mode(model), checkpoints_in_mode(model), head_reads(model, None if return_logits else both):

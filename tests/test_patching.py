@@ -1,0 +1,143 @@
+"""The in-batch stream in real architectures: invariances, LoRA, checkpointing, refusals, and the model left as it was found."""
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+
+from revela_nb.attention import in_batch_weights
+from revela_nb.patching import in_batch_forward
+
+SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+MODELS = {
+    "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL)), "smollm": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL, tie_word_embeddings=True)),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**SMALL)), "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**SMALL)),
+    "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(**SMALL, sliding_window=4)), "gemma3": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**SMALL, sliding_window=4)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def lm(request):
+    torch.manual_seed(0)
+    return MODELS[request.param]().train()
+
+
+def rows(lengths, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randint(5, 50, (n,), generator=g) for n in lengths]
+
+
+def pad(rows, total, left=False, fill=0):
+    ids, mask = torch.full((len(rows), total), fill), torch.zeros(len(rows), total, dtype=torch.long)
+    for i, r in enumerate(rows):
+        s = slice(total - len(r), total) if left else slice(0, len(r))
+        ids[i, s], mask[i, s] = r, 1
+    return ids, mask
+
+
+def weights(n=3, seed=3, **kwargs): return in_batch_weights(torch.rand(n, n, generator=torch.Generator().manual_seed(seed)), 0.2, **kwargs)
+
+
+def gradients(model, ids, mask, w, **kwargs):
+    model.zero_grad()
+    w = w.clone().requires_grad_()
+    out = in_batch_forward(model, ids, mask, w, **kwargs)
+    out.loss.backward()
+    return out.loss.detach(), torch.cat([w.grad.flatten()] + [p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_padding_changes_nothing(lm):
+    texts = rows([6, 3, 5])
+    loss, grad = gradients(lm, *pad(texts, 6), weights())
+    for total, left, fill in ((9, False, 7), (6, True, 0), (11, True, 9)):
+        loss2, grad2 = gradients(lm, *pad(texts, total, left, fill), weights())
+        torch.testing.assert_close(loss2, loss, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(grad2, grad, atol=2e-5, rtol=1e-4)
+
+
+def test_order_permutes_and_groups_do_not_mix(lm):
+    ids, mask = pad(rows([6, 3, 5]), 6)
+    w, order = weights(), torch.tensor([2, 0, 1])
+    out = in_batch_forward(lm, ids, mask, w, return_logits=True)
+    permuted = in_batch_forward(lm, ids[order], mask[order], w[order][:, order], return_logits=True)
+    real = mask.bool()
+    torch.testing.assert_close(permuted.logits[mask[order].bool()], out.logits[order][real[order]], atol=1e-5, rtol=1e-4)
+    ids2, mask2 = pad(rows([4, 6, 2], seed=1), 6)
+    both = in_batch_forward(lm, torch.cat([ids, ids2]), torch.cat([mask, mask2]), torch.block_diag(w, weights(seed=4)), return_logits=True)
+    alone = in_batch_forward(lm, ids2, mask2, weights(seed=4), return_logits=True)
+    torch.testing.assert_close(both.logits[:3][real], out.logits[real], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(both.logits[3:][mask2.bool()], alone.logits[mask2.bool()], atol=1e-5, rtol=1e-4)
+
+
+def test_zero_weights_are_the_unpatched_model(lm):
+    ids, mask = pad(rows([6, 3, 5]), 6)
+    labels = ids.masked_fill(mask == 0, -100)
+    loss, grad = gradients(lm, ids, mask, torch.zeros(3, 3), labels=labels)
+    lm.zero_grad()
+    own = lm(input_ids=ids, attention_mask=mask, labels=labels).loss
+    own.backward()
+    torch.testing.assert_close(loss, own.detach(), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(grad[9:], torch.cat([p.grad.flatten() for p in lm.parameters()]), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_left_as_found(lm, implementation):
+    lm.set_attn_implementation(implementation)
+    ids, mask = pad(rows([6, 3, 5]), 6)
+    with torch.no_grad(): before = lm(input_ids=ids, attention_mask=mask).logits
+    in_batch_forward(lm, ids, mask, weights()).loss.backward()
+    with pytest.raises(ValueError): in_batch_forward(lm, ids, mask, weights(), value_norm="nonsense")
+    with torch.no_grad(): assert torch.equal(lm(input_ids=ids, attention_mask=mask).logits, before)
+    assert lm.config._attn_implementation == implementation and not lm.get_output_embeddings()._forward_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_gradient_checkpointing_and_lora(lm):
+    ids, mask = pad(rows([6, 3, 5]), 6)
+    lora = get_peft_model(copy.deepcopy(lm), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False))
+    for model in (lm, lora):
+        loss, grad = gradients(model, ids, mask, weights())
+        base = model.get_base_model() if model is lora else model
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        if model is lora: model.enable_input_require_grads()
+        loss2, grad2 = gradients(model, ids, mask, weights())
+        torch.testing.assert_close((loss2, grad2), (loss, grad), atol=1e-6, rtol=1e-5)
+        assert grad[:9].abs().max() > 0
+        base.gradient_checkpointing_disable()
+
+
+def test_eval_mode_single_chunk_and_empty_rows():
+    torch.manual_seed(0)
+    lm = MODELS["llama"]().eval()
+    ids, mask = pad(rows([6]), 6)
+    out = in_batch_forward(lm, ids, mask, in_batch_weights(torch.ones(1, 1), 0.2))
+    assert out.loss.isfinite() and torch.allclose(out.loss, out.plain_loss)
+    ids, mask = pad(rows([6, 1, 4]), 6)
+    mask[1] = 0  # a chunk without any token
+    loss, grad = gradients(lm, ids, mask, weights())
+    assert loss.isfinite() and grad.isfinite().all()
+    nothing = in_batch_forward(lm, ids, torch.zeros_like(mask), weights())
+    assert nothing.loss.item() == 0
+
+
+def test_labels_choose_where_the_loss_is():
+    torch.manual_seed(0)
+    lm = MODELS["llama"]().eval()
+    ids, mask = pad(rows([6, 3, 5]), 6)
+    labels = torch.full_like(ids, -100)
+    labels[0, 4] = ids[0, 4]
+    out = in_batch_forward(lm, ids, mask, weights(), labels=labels, return_logits=True)
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits[0, 3][None], ids[0, 4][None]))
+
+
+def test_refusals_say_why():
+    ids, mask = pad(rows([6, 3, 5]), 6)
+    bloom = tf.BloomForCausalLM(tf.BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=4))
+    with pytest.raises(TypeError, match="Bloom.*cannot be patched"): in_batch_forward(bloom, ids, mask, weights())
+    gemma2 = tf.Gemma2ForCausalLM(tf.Gemma2Config(**SMALL))
+    with pytest.raises(ValueError, match="softcap"): in_batch_forward(gemma2, ids, mask, weights())
+    assert gemma2.config._attn_implementation != "revela_in_batch"
+    lm = MODELS["llama"]()
+    with pytest.raises(ValueError, match="weights must be"): in_batch_forward(lm, ids, mask, weights(4))
+    with pytest.raises(ValueError, match="attention_mask has shape"): in_batch_forward(lm, ids, mask[:, :3], weights())
