@@ -1,0 +1,75 @@
+"""The notebooks as a book: order of imports, outputs fit to be read, modules in sync, documented parameters."""
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "nbs").glob("[0-9i]*.ipynb"))
+MODULES = sorted(p for p in (ROOT / "revela_nb").glob("*.py") if not p.name.startswith("_"))
+SOURCE = {p: re.search(r"\.\./nbs/(\d+)_\w+\.ipynb", p.read_text(encoding="utf-8")) for p in MODULES}
+
+
+def cells(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
+def text(x): return "".join(x) if isinstance(x, list) else (x or "")
+
+
+def stored_text(cell):
+    for output in cell.get("outputs", []):
+        yield text(output.get("text", "")) + text(output.get("data", {}).get("text/plain", "")) + text(output.get("data", {}).get("text/html", ""))
+
+
+def test_there_are_modules():
+    names = {p.stem for p in MODULES}
+    assert {"corpus", "batching", "retriever", "attention", "patching", "model", "trainer", "evaluation", "cli"} <= names
+    assert all(SOURCE.values()), [p.name for p, m in SOURCE.items() if not m]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_imports_point_to_lower_numbers(path):
+    number = {p.stem: int(m[1]) for p, m in SOURCE.items()}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [f"{'.' * node.level}{node.module or ''}"] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            assert name.split(".")[0] not in ("fastcore", "nbdev", "execnb", "ghapi", "nbconvert", "pytest"), f"{path.name} needs {name} at runtime"
+            ours = re.fullmatch(r"(?:revela_nb\.|\.)(\w+)", name)
+            if ours and ours[1] in number: assert number[ours[1]] < number[path.stem], f"{path.name} imports {name}, which comes later"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_outputs_are_fit_to_be_read(path):
+    assert path.stat().st_size < 500_000
+    for i, cell in enumerate(cells(path)):
+        for output in cell.get("outputs", []):
+            assert output["output_type"] != "error", f"cell {i} stores a traceback"
+            assert output.get("name") != "stderr", f"cell {i} stores stderr"
+        for out in stored_text(cell):
+            assert not re.search(r"(?<![\w:./<>-])/(?:home|root|work|tmp|usr|Users)/\w", out), f"cell {i} stores a path of somebody's machine"
+            assert "Warning:" not in out, f"cell {i} stores a warning"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_every_parameter_is_documented(path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for function in ast.walk(ast.parse("\n".join(lines))):
+        if not isinstance(function, ast.FunctionDef) or function.name.startswith("_"): continue
+        exported = function.col_offset == 0
+        if not exported: continue
+        a = function.args
+        for arg in a.posonlyargs + a.args + a.kwonlyargs:
+            if arg.arg not in ("self", "cls"): assert "#" in lines[arg.end_lineno - 1] or "#" in lines[arg.lineno - 1], f"{path.name}: {function.name}({arg.arg}) has no docment"
+        assert ast.get_docstring(function), f"{path.name}: {function.name} has no docstring"
+
+
+def test_modules_are_the_notebooks_export(tmp_path):
+    "What a fresh export writes is what is committed."
+    copy = tmp_path / "repo"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "backbone", "*.egg-info", ".pytest_cache", ".hypothesis", "results", "images"))
+    code = "from nbdev.export import nb_export\nimport glob\nfor n in sorted(glob.glob('nbs/[0-9]*.ipynb')): nb_export(n)"
+    subprocess.run([sys.executable, "-c", code], cwd=copy, check=True, capture_output=True, timeout=120)
+    for path in MODULES: assert (copy / "revela_nb" / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), f"{path.name} is not what nbdev_export writes"
