@@ -63,8 +63,9 @@ def nearest_groups(
     group_size: int, # chunks in a group
     rng: np.random.Generator, # the order of the seed chunks
 ) -> Iterator[np.ndarray]: # (group_size,) chunk numbers, the seed first, then by falling score
-    "A free chunk and its nearest free chunks by BM25, again and again until fewer than a group are free."
+    "A free chunk and its nearest free chunks by BM25, until fewer than a group are free. Raises a ValueError for text without words."
     tokens = bm25s.tokenize(texts, stopwords="en", stemmer=Stemmer.Stemmer("english"), show_progress=False)
+    if not tokens.vocab: raise ValueError("No chunk holds a word that BM25 could match; take the strategy 'document' or 'random'.")
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
     index.index(tokens, show_progress=False)
     free = np.ones(len(texts), dtype=bool)

@@ -230,7 +230,11 @@ class HtmlText(HTMLParser):
     def handle_data(self, data):
         if self.HIDDEN.intersection(self.stack): return
         if "title" in self.stack: self.titles.append(data)
-        else: self.parts.append(data if "pre" in self.stack else re.sub(r"\s+", " ", data))
+        elif "pre" in self.stack: self.parts.append(data)
+        else:
+            data = re.sub(r"\s+", " ", data)
+            if self.parts and self.parts[-1].endswith("\n"): data = data.lstrip()
+            if data: self.parts.append(data)
 
 def read_html(
     path: Path, # an html file
@@ -243,7 +247,7 @@ def read_html(
     parser = HtmlText()
     parser.feed(page)
     parser.close()
-    text = re.sub(r"[ \t]*\n\s*\n\s*", "\n\n", "".join(parser.parts)).strip()
+    text = trim_chunk(re.sub(r"[ \t]*\n\s*\n", "\n\n", "".join(parser.parts)))
     yield name, " ".join("".join(parser.titles).split()) or path.name, text
 
 # %% ../nbs/01_corpus.ipynb #f8c7d74d

@@ -46,6 +46,13 @@ class Revela(nn.Module):
         self.temperature, self.value_norm, self.dual_loss = temperature, value_norm, dual_loss
         if freeze_lm: lm.requires_grad_(False)
 
+    def activation_checkpointing_enable(self,
+        **kwargs, # as for transformers' models
+    )->None:
+        "Gradient checkpointing in both models; the `Trainer` calls this."
+        for model in (self.retriever.encoder, self.lm):
+            (model.get_base_model() if hasattr(model, "get_base_model") else model).activation_checkpointing_enable(**kwargs)
+
     def weigh(self,
         similarity:Tensor, # (B, B)
         group_size:int|None=None, # chunks per group

@@ -1,0 +1,323 @@
+"""The command `revela` end to end: what it prints, what it writes, and how it refuses."""
+import json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import pytrec_eval
+
+from revela_nb.cli import apply_config, build_parser, check_run, main, read_config, read_groups, write_groups
+
+ROOT = Path(__file__).parents[1]
+SCIFACT = ROOT.parent / "shared" / "data" / "scifact"
+SIX_CHUNKS = ["The cat sat on the warm mat. It purred.", "A cat purrs when it is warm and calm.", "Dogs bark at cats that sit on mats.",
+              "Python lists grow with append. A list keeps order.", "Append adds one item to the end of a list.", "A tuple is a list that cannot grow."]
+TINY = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, bos_token_id=None)
+TRAIN = dict(max_length=24, max_steps=4, save_steps=2, logging_steps=1, warmup_steps=0, learning_rate=1e-3, use_cpu=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    "A tiny random Llama, and a Bloom, whose attention cannot be patched."
+    from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
+    set_seed(0)
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "revela_nb" / "backbone")
+    ids = dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    LlamaForCausalLM(LlamaConfig(**TINY, **ids)).save_pretrained(folder / "llama")
+    BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=1, n_head=2, **ids)).save_pretrained(folder / "bloom")
+    for name in ("llama", "bloom"): tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def notes(tmp_path, monkeypatch):
+    "A folder of good and bad files; the test runs beside it."
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "notes"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "pets.md").write_text("# Pets\n\n" + "\n\n".join(SIX_CHUNKS[:3]))
+    (folder / "deep" / "lists.txt").write_text("\n\n".join(SIX_CHUNKS[3:]))
+    (folder / "rows.jsonl").write_text('{"_id": "r1", "text": "A row about rivers and the boats on them."}\nbroken {\n{"_id": "r1", "text": "same id"}\n{"_id": "r2", "text": ""}\n')
+    (folder / "latin1.txt").write_bytes("café".encode("latin-1"))
+    (folder / "empty.md").write_text("")
+    (folder / "picture.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+@pytest.fixture
+def beir(tmp_path, monkeypatch):
+    "A BEIR folder of six documents and two questions."
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": f"d{i}", "title": "", "text": t}) + "\n" for i, t in enumerate(SIX_CHUNKS)))
+    (folder / "queries.jsonl").write_text('{"_id": "q0", "text": "where do cats purr"}\n{"_id": "q1", "text": "add an item at the end"}\n')
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\td0\t1\nq0\td1\t2\nq1\td4\t1\n")
+    return folder
+
+
+def tree(folder): return sorted(p.relative_to(folder).as_posix() for p in Path(folder).rglob("*"))
+
+
+def run_process(*words, **kw):
+    return subprocess.run([sys.executable, "-m", "revela_nb.cli", *words], capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}, **kw)
+
+
+def ndcg(run_file, qrels_file):
+    "pytrec_eval's nDCG@10, with nothing of ours in between."
+    run, qrels = {}, {}
+    for line in Path(run_file).read_text().splitlines():
+        query, _, document, _, score, _ = line.split()
+        run.setdefault(query, {})[document] = float(score)
+    for line in Path(qrels_file).read_text().splitlines()[1:]:
+        query, document, score = line.split("\t")
+        qrels.setdefault(query, {})[document] = int(score)
+    scores = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10"}).evaluate(run)
+    return sum(s["ndcg_cut_10"] for s in scores.values()) / len(qrels)
+
+
+def test_help_and_version(capsys):
+    for words in (["--help"], *([c, "--help"] for c in ("demo", "prepare", "train", "evaluate", "search"))):
+        assert main(words) == 0
+        said = capsys.readouterr().out
+        assert "revela" in said and (words == ["--help"] or "examples:\n  revela " + words[0] in said)
+    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("revela 0.")
+
+
+def test_module_is_the_command_and_help_is_light(tmp_path):
+    done = run_process("--help", cwd=tmp_path)
+    assert done.returncode == 0 and "evaluate" in done.stdout and done.stderr == ""
+    code = "import sys; from revela_nb.cli import main; main(['--help']); sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets')))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
+    done = run_process("prepare", "nowhere/", "--out", "groups.jsonl", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("revela: error: ") and done.stderr.count("\n") == 1 and tree(tmp_path) == []
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_prepare_good_and_bad_files(notes, capsys, suffix):
+    words = ["prepare", "notes", "--out", f"out/groups{suffix}", "--max-words", "10", "--group-size", "3", "--run-length", "1"]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    groups = read_groups(f"out/groups{suffix}")
+    assert tree("out") == [f"groups{suffix}"] and all(len(texts) == 3 for texts in groups["texts"])
+    assert f"{len(groups)} groups of 3" in out and "3 documents -> " in err
+    for named in ("latin1.txt", "empty.md", "rows.jsonl, line 2", "r1", "r2", "picture.png"): assert named in err
+    first = groups[:]
+    assert main(words) == 0 and read_groups(f"out/groups{suffix}")[:] == first
+    assert main([*words, "--seed", "5"]) == 0 and read_groups(f"out/groups{suffix}")[:] != first
+
+
+def test_groups_file_faults_name_file_and_line(tmp_path):
+    cases = {"": "no group", '["a", "b"]\n["a"\n': "line 2: not JSON", '["a", "b"]\n\n["a", "b", "c"]\n': "line 3: 3 texts", '{"texts": ["a", 1]}\n': "line 1: a group", "7\n": "line 1: a group",
+             '["a", "\xff"]\n'.encode("latin-1"): "line 1: not JSON"}
+    for content, message in cases.items():
+        (tmp_path / "groups.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(ValueError, match=message): read_groups(tmp_path / "groups.jsonl")
+    (tmp_path / "groups.parquet").write_bytes(b"no parquet")
+    with pytest.raises(ValueError, match="groups.parquet"): read_groups(tmp_path / "groups.parquet")
+    with pytest.raises(FileNotFoundError): read_groups(tmp_path / "missing.jsonl")
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path):
+    from datasets import Dataset
+    (tmp_path / "groups.jsonl").write_text("old")
+
+    class Interrupting:
+        def __iter__(self):
+            yield {"ids": ["a", "b"], "texts": ["a", "b"]}
+            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): write_groups(Interrupting(), tmp_path / "groups.jsonl")
+    assert tree(tmp_path) == ["groups.jsonl"] and (tmp_path / "groups.jsonl").read_text() == "old"
+
+
+def refused(capsys, words, *messages):
+    "Status 2, one line on standard error after the news, no traceback, nothing on standard output."
+    before = tree(".")
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("revela: error: ") and "Traceback" not in err and err.count("revela: error:") == 1 and out == ""
+    for message in messages: assert message in last
+    assert tree(".") == before
+
+
+def test_bad_corpus_is_refused(notes, capsys):
+    Path("bare").mkdir()
+    refused(capsys, ["prepare", "missing/notes.txt", "--out", "g.jsonl"], "missing/notes.txt")
+    refused(capsys, ["prepare", "bare", "--out", "g.jsonl"], "bare", "no usable document")
+    refused(capsys, ["prepare", "notes", "--out", "g.jsonl"], "do not fill one group of 16")
+    refused(capsys, ["prepare", "notes", "--out", "g.csv"], "g.csv", ".jsonl or .parquet")
+    refused(capsys, ["prepare", "notes", "--out", "g.jsonl", "--group-size", "3"], "run_length")
+    refused(capsys, ["prepare", "notes", "--out", "g.jsonl", "--group-size", "three"], "--group-size", "three")
+    refused(capsys, ["prepare", "notes", "--out", "notes/pets.md/g.jsonl", "--max-words", "10", "--group-size", "2", "--run-length", "1"], "notes/pets.md")
+    refused(capsys, ["prepare"], "source")
+    refused(capsys, ["unheard-of"], "unheard-of")
+    refused(capsys, [], "COMMAND")
+
+
+def test_bad_config_is_refused(notes, capsys):
+    cases = {"output_dir: [x": ("not YAML",), "corpus: notes\ntemprature: 1": ("temprature", "temperature"), "- a\n- b": ("name: value",), "max_steps: many": ("max_steps", "many"),
+             "output_dir: out": ("--corpus", "--groups"), "corpus: notes": ("--output_dir",), "corpus: notes\ngroups: g.jsonl\noutput_dir: out": ("--corpus", "--groups"), "run: 1": ("'run'",)}
+    for text, messages in cases.items():
+        Path("c.yaml").write_text(text)
+        refused(capsys, ["train", "c.yaml"], *messages, *(["c.yaml"] if ":" in messages[0] or "not" in messages[0] or "temp" in messages[0] or "max" in messages[0] else []))
+    Path("c.json").write_text('{"corpus": ')
+    refused(capsys, ["train", "c.json"], "c.json", "not JSON")
+    refused(capsys, ["train", "missing.yaml"], "missing.yaml")
+    refused(capsys, ["train", "notes/pets.md"], ".yaml")
+    refused(capsys, ["train", "--temprature", "1"], "temprature")
+
+
+def test_config_under_command_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("learning_rate: 3e-4\nmax_steps: -1\ndual_loss: true\ntemperature: 1\nlr_scheduler_kwargs: {a: 1}\nlora: null\n")
+    parser = build_parser()
+    train = parser.parse_args(["train"]).parser
+    apply_config(train, path)
+    args = parser.parse_args(["train", "--temperature", "0.5"])
+    assert (args.learning_rate, args.max_steps, args.dual_loss, args.temperature, args.lora) == (3e-4, -1, True, 0.5, None)
+    assert json.loads(args.lr_scheduler_kwargs) == {"a": 1}
+    (tmp_path / "c.json").write_text('{"learning_rate": 0.1}')
+    assert read_config(tmp_path / "c.json") == {"learning_rate": .1}
+
+
+def test_no_option_twice():
+    from dataclasses import fields
+    from revela_nb.cli import TrainOptions
+    from revela_nb.trainer import RevelaArguments
+    assert not {f.name for f in fields(TrainOptions)} & {f.name for f in fields(RevelaArguments)}
+
+
+def write_config(path, **values):
+    Path(path).write_text("".join(f"{name}: {json.dumps(value)}\n" for name, value in values.items()))
+
+
+@pytest.fixture
+def config(notes, models):
+    write_config("train.yaml", corpus="notes", retriever=str(models / "llama"), output_dir="out", max_words=10, group_size=3, run_length=1, **TRAIN)
+    return "train.yaml"
+
+
+def test_train_twice_resume_and_other_options(config, capsys, models):
+    import torch
+    from safetensors.torch import load_file
+    assert main(["train", config]) == 0
+    assert capsys.readouterr().out == "out/retriever: the trained retriever after 4 steps\n"
+    record, weights = json.loads(Path("out/revela_run.json").read_text()), load_file("out/retriever/model.safetensors")
+    assert record["max_length"] == 24 and record["temperature"] == 0.02 and Path("out/retriever/tokenizer.json").exists()
+    start = load_file(models / "llama" / "model.safetensors")
+    assert any(not torch.equal(start[f"model.{n}"], w) for n, w in weights.items())
+    assert main(["train", config]) == 0 and "finished" in capsys.readouterr().out
+    refused(capsys, ["train", config, "--temperature", "0.05"], "temperature: 0.02 there, 0.05 now", "output_dir")
+    Path("notes/more.txt").write_text("Another text about something else. It has two sentences in it.")
+    refused(capsys, ["train", config], "training data")
+    Path("notes/more.txt").unlink()
+    for folder in ("retriever", "checkpoint-4"): shutil.rmtree(f"out/{folder}")
+    assert main(["train", config, "--logging_steps", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "checkpoint-2" in err and out == "out/retriever: the trained retriever after 4 steps\n"
+    again = load_file("out/retriever/model.safetensors")
+    assert all(torch.equal(again[n], w) for n, w in weights.items())
+
+
+def test_train_refuses_models_and_folders(config, capsys, models):
+    refused(capsys, ["train", config, "--retriever", str(models / "bloom")], "Bloom")
+    refused(capsys, ["train", config, "--lm", str(models / "bloom")], "Bloom")
+    refused(capsys, ["train", config, "--retriever", "notes"], "notes")
+    refused(capsys, ["train", config, "--lm", "no/such/model"], "no/such/model")
+    refused(capsys, ["train", config, "--pooling", "max"], "pooling")
+    refused(capsys, ["train", config, "--temperature", "0"], "temperature")
+    refused(capsys, ["train", config, "--value_norm", "l1"], "value_norm")
+    refused(capsys, ["train", config, "--eval_beir", "notes", "--eval_strategy", "epoch"], "notes")
+    refused(capsys, ["train", config, "--eval_beir", "notes"], "eval_strategy")
+    refused(capsys, ["train", config, "--output_dir", "notes"], "notes")
+    refused(capsys, ["train", config, "--output_dir", "notes/pets.md"], "pets.md")
+
+
+def test_train_on_groups_with_lora_and_evaluation(notes, beir, models, capsys):
+    assert main(["prepare", "notes", "--out", "g.jsonl", "--max-words", "10", "--group-size", "3", "--run-length", "1"]) == 0
+    write_config("t.json.yaml", groups="g.jsonl", retriever=str(models / "llama"), output_dir="lora", lora=2, eval_beir="beir", dual_loss=True, **(TRAIN | {"max_steps": 2}))
+    assert main(["train", "t.json.yaml", "--eval_strategy", "steps", "--eval_steps", "1"]) == 0
+    assert Path("lora/retriever/adapter_model.safetensors").exists()
+    capsys.readouterr()
+    assert main(["evaluate", "lora/retriever", "--data", "beir", "--run-file", "run.trec"]) == 0
+    assert f"nDCG@10     {ndcg('run.trec', 'beir/qrels/test.tsv'):.4f}" in capsys.readouterr().out
+
+
+def test_killed_run_goes_on(config):
+    "SIGKILL after the first checkpoint; the same command ends with the weights of the uninterrupted run."
+    import torch
+    from safetensors.torch import load_file
+    words = ["train", config, "--max_steps", "40"]
+    assert main([*words, "--output_dir", "whole"]) == 0
+    process = subprocess.Popen([sys.executable, "-m", "revela_nb.cli", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
+    for _ in range(3000):
+        if Path("out/checkpoint-2").exists() or process.poll() is not None: break
+        time.sleep(.01)
+    process.send_signal(signal.SIGKILL); process.wait()
+    assert Path("out/checkpoint-2").exists() and not Path("out/retriever").exists() # it was broken off indeed
+    assert main(words) == 0
+    whole, resumed = (load_file(f"{folder}/retriever/model.safetensors") for folder in ("whole", "out"))
+    assert all(torch.equal(whole[n], w) for n, w in resumed.items())
+
+
+def test_evaluate_bm25_and_run_file(beir, capsys):
+    assert main(["evaluate", "bm25", "--data", "beir", "--run-file", "runs/bm25.trec", "--json", "figures.json"]) == 0
+    out = capsys.readouterr().out
+    expected = ndcg("runs/bm25.trec", "beir/qrels/test.tsv")
+    assert json.loads(Path("figures.json").read_text())["ndcg@10"] == pytest.approx(expected, abs=1e-12)
+    assert f"nDCG@10     {expected:.4f}" in out and "Recall@100" in out and "MRR@10" in out
+
+
+def test_evaluate_refuses(beir, capsys, models):
+    refused(capsys, ["evaluate", "bm25", "--data", "nowhere"], "nowhere")
+    refused(capsys, ["evaluate", "bm25", "--data", "beir/qrels"], "corpus.jsonl")
+    refused(capsys, ["evaluate", "bm25", "--data", "beir", "--split", "dev"], "dev", "test")
+    refused(capsys, ["evaluate", "bm25", "--data", "beir", "--k", "0"], "k must be")
+    refused(capsys, ["evaluate", "beir", "--data", "beir"], "beir")
+    refused(capsys, ["evaluate", "no-such-model", "--data", "beir"], "no-such-model")
+    refused(capsys, ["search", "beir", "--corpus", "beir", "a question"], "beir")
+    refused(capsys, ["search", str(models / "llama"), "--corpus", "nowhere/", "a question"], "nowhere")
+    refused(capsys, ["search", str(models / "llama"), "--corpus", "beir", " "], "query")
+
+
+@pytest.mark.skipif(not SCIFACT.exists(), reason="../shared is not here")
+def test_scifact(capsys):
+    assert main(["evaluate", "bm25", "--data", str(SCIFACT)]) == 0
+    assert float(capsys.readouterr().out.split()[1]) == pytest.approx(0.686, abs=0.005)
+
+
+def test_search_prints_ranked_passages(notes, models, capsys):
+    assert main(["search", str(models / "llama"), "--corpus", "notes", "warm cats", "--k", "3", "--max-words", "10"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[::2]] == ["1", "2", "3"] and all(line.startswith("     ") for line in lines[1::2])
+    scores = [float(line.split()[1]) for line in lines[::2]]
+    assert scores == sorted(scores, reverse=True) and all("#" in line.split()[2] for line in lines[::2])
+    assert main(["search", "bm25", "--corpus", "notes", "rivers and boats", "--k", "1", "--max-words", "10"]) == 0
+    assert "r1#0" in capsys.readouterr().out
+
+
+def test_errors_have_their_status(monkeypatch, capsys):
+    import revela_nb.cli as cli
+    for error, status in ((KeyboardInterrupt(), 130), (OSError(28, "No space left on device", "x"), 2), (FloatingPointError("the loss is nan"), 2), (KeyError("a"), 1)):
+        def fail(args): raise error
+        monkeypatch.setattr(cli, "show_demo", fail)
+        assert main(["demo"]) == status
+        err = capsys.readouterr().err
+        assert err.startswith("revela: error: ") and err.count("\n") == 1
+        assert main(["demo", "--verbose"]) == status and "Traceback" in capsys.readouterr().err
+
+
+def test_demo_rehearsal(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--steps", "1", "--functions", "60", "--queries", "10", "--out", "out"]) == 0
+    out = capsys.readouterr().out
+    report = json.loads(Path("out/report.json").read_text())
+    for name in ("before", "after", "bm25"): assert {"ndcg@10", "recall@100"} <= report[name].keys() and 0 <= report[name]["ndcg@10"] <= 1
+    assert report["steps"] == 1 and report["seed"] == 0 and report["seconds"] > 0 and "torch" in report["versions"] and len(report["examples"]) == 3
+    assert {"report.json", "report.png", "retriever"} == {p.name for p in Path("out").iterdir()} and tree(".")[0] == "out"
+    for shown in (f"{report['after']['ndcg@10']:.3f}", "BM25", "gain", report["examples"][0]["right"][:20]): assert shown in out
+    Path("mine").mkdir(); Path("mine/thesis.txt").write_text("precious")
+    refused(capsys, ["demo", "--out", "mine"], "mine")
+    refused(capsys, ["demo", "--steps", "0", "--out", "x"], "steps")
