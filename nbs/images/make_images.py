@@ -37,31 +37,54 @@ def matrix(ax, x, y, side, values, cmap, name):
     ax.text(x + side/2, y + side + .17, name, ha="center", va="center", fontsize=11.5, weight="bold")
 
 def draw_pipeline():
-    fig, ax = canvas(11.8, 4.7)
-    box(ax, .15, 2.15, 1.45, 1.3, "documents", "raw text,\nno questions,\nno labels")
-    box(ax, 1.95, 2.15, 1.45, 1.3, "chunks", "a few sentences\nof one\ndocument")
-    box(ax, 3.75, 2.15, 1.5, 1.3, "group", "B related chunks,\nread together\nin one batch")
-    arrow(ax, (1.6, 2.8), (1.95, 2.8)); arrow(ax, (3.4, 2.8), (3.75, 2.8))
-    box(ax, 5.75, 2.75, 1.75, 1.55, "retriever", "query: first half → q\n\npassage: whole → p", RETRIEVER)
-    arrow(ax, (5.25, 3.1), (5.75, 3.5))
-    arrow(ax, (7.5, 3.5), (8.0, 3.5))
+    fig, ax = canvas(11.8, 5.0)
+    box(ax, .15, 2.3, 1.5, 1.3, "documents", "raw text:\nno questions,\nno labels")
+    box(ax, 2.0, 2.3, 1.5, 1.3, "chunks", "a few sentences\nor lines each")
+    box(ax, 3.85, 2.3, 1.5, 1.3, "group", "B related chunks\nare one batch")
+    arrow(ax, (1.65, 2.95), (2.0, 2.95)); arrow(ax, (3.5, 2.95), (3.85, 2.95))
+    box(ax, 5.95, 3.1, 1.85, 1.4, "retriever", "query: first half → q\npassage: whole → p", RETRIEVER)
+    arrow(ax, (4.6, 3.6), (5.95, 4.0), connectionstyle="angle,angleA=90,angleB=0,rad=8")
     sim = [[.9, .8, .2, .3], [.8, .9, .3, .1], [.2, .3, .9, .7], [.2, .1, .8, .9]]
     weights = [[None, .95, .1, .15], [.95, None, .1, .05], [.1, .15, None, .8], [.1, .05, .9, None]]
-    matrix(ax, 8.0, 2.95, 1.1, sim, "Blues", "similarity S")
-    matrix(ax, 10.1, 2.95, 1.1, weights, "Oranges", "weights w")
-    arrow(ax, (9.1, 3.5), (10.1, 3.5))
-    ax.text(9.6, 3.66, "softmax(S/τ)", ha="center", va="bottom", fontsize=9.5); ax.text(9.6, 3.36, "no diagonal", ha="center", va="top", fontsize=9.5)
-    box(ax, 5.75, .5, 3.4, 1.75, "", "", LM)
-    ax.text(7.45, 2.02, "language model", ha="center", va="center", fontsize=12, weight="bold")
-    box(ax, 5.95, 1.3, 3.0, .45, "attention inside chunk i", color="white", size=10.5)
-    box(ax, 5.95, .65, 3.0, .45, "+ Σ w$_{ij}$ · attention to chunk j", color="white", size=10.5)
-    arrow(ax, (4.5, 2.15), (5.75, 1.4), connectionstyle="angle,angleA=-90,angleB=0,rad=8")
-    arrow(ax, (10.4, 2.95), (8.95, .88), connectionstyle="angle,angleA=-90,angleB=0,rad=8")
-    E = None
+    matrix(ax, 8.25, 3.2, 1.1, sim, "Blues", "similarity S")
+    matrix(ax, 10.45, 3.2, 1.1, weights, "Oranges", "weights w")
+    arrow(ax, (7.8, 3.75), (8.25, 3.75)); arrow(ax, (9.35, 3.75), (10.45, 3.75))
+    ax.text(9.9, 3.84, "softmax(S/τ)", ha="center", va="bottom", fontsize=10); ax.text(9.9, 3.65, "no diagonal", ha="center", va="top", fontsize=10)
+    box(ax, 5.95, .75, 3.4, 1.75, "", "", LM)
+    ax.text(7.65, 2.27, "language model reads chunk i", ha="center", va="center", fontsize=12, weight="bold")
+    box(ax, 6.15, 1.55, 3.0, .45, "attention to its own words", color="white", size=10.5)
+    box(ax, 6.15, .92, 3.0, .45, "+ Σ w$_{ij}$ · attention to chunk j", color="white", size=10.5)
+    arrow(ax, (4.6, 2.3), (5.95, 1.62), connectionstyle="angle,angleA=-90,angleB=0,rad=8")
+    arrow(ax, (10.78, 3.2), (9.15, 1.145), connectionstyle="angle,angleA=-90,angleB=0,rad=8")
+    box(ax, 9.75, .1, 1.9, .66, "next-token loss", size=12)
+    arrow(ax, (8.0, .75), (9.75, .43), connectionstyle="angle,angleA=-90,angleB=0,rad=8")
+    arrow(ax, (11.3, .76), (11.3, 3.2), GRADIENT, linestyle=(0, (4, 2)))                                  # loss to weights
+    arrow(ax, (11.0, 4.68), (6.88, 4.5), GRADIENT, linestyle=(0, (4, 2)), connectionstyle="bar,fraction=-.045,angle=180")
+    ax.text(9.0, 4.9, "the gradient comes back to the retriever", ha="center", va="center", fontsize=10.5, color=GRADIENT)
     return fig, ax
 
+def stack(ax, x, y, names, color, w=2.6, h=.42):
+    for k, name in enumerate(names):
+        top = y - k*h
+        ax.add_patch(Rectangle((x, top - h), w, h, facecolor=color, edgecolor=INK, linewidth=1))
+        ax.text(x + w/2, top - h/2, name, ha="center", va="center", fontsize=11)
+
 def draw_doubled_batch():
-    fig, ax = canvas(10.5, 5.2)
+    fig, ax = canvas(10.5, 5.0)
+    ax.text(1.95, 4.78, "one batch of 2B rows", ha="center", va="center", fontsize=12, weight="bold")
+    ax.text(7.2, 4.78, "in every layer", ha="center", va="center", fontsize=12, weight="bold")
+    rows = ["chunk 0", "chunk 1", "…", "chunk B−1"]
+    stack(ax, .65, 4.5, rows, RETRIEVER); stack(ax, .65, 2.1, rows, LM)
+    for y, n in ((4.5, ["0", "1", "", "B−1"]), (2.1, ["B", "B+1", "", "2B−1"])):
+        for k, text in enumerate(n): ax.text(.57, y - (k + .5)*.42, text, ha="right", va="center", fontsize=10)
+    box(ax, 4.3, 2.82, 5.9, 1.68, "plain stream", "ordinary causal attention inside the row\nyields queries, keys K and values V of this layer", RETRIEVER)
+    box(ax, 4.3, .42, 5.9, 1.68, "in-batch stream", "causal attention inside row i   +   Σ w$_{ij}$ · c$_{ij}$\nc$_{ij}$: its queries read K, V of plain row j,  for all j ≠ i", LM)
+    arrow(ax, (3.25, 3.66), (4.3, 3.66)); arrow(ax, (3.25, 1.26), (4.3, 1.26))
+    arrow(ax, (6.2, 2.82), (6.2, 2.1), linewidth=2.4)
+    ax.text(6.35, 2.46, "K$_j$, V$_j$ of the same layer", ha="left", va="center", fontsize=11)
+    arrow(ax, (9.2, 2.46), (9.2, 2.1)); ax.text(9.2, 2.6, "weights w", ha="center", va="center", fontsize=11)
+    ax.text(1.95, .2, "same token ids, same positions, same parameters", ha="center", va="center", fontsize=10)
+    ax.text(7.25, .2, "the loss is taken here, from rows B … 2B−1", ha="center", va="center", fontsize=10)
     return fig, ax
 
 if __name__ == "__main__":
