@@ -47,9 +47,9 @@ def draw_pipeline():
     sim = [[.9, .8, .2, .3], [.8, .9, .3, .1], [.2, .3, .9, .7], [.2, .1, .8, .9]]
     weights = [[None, .95, .1, .15], [.95, None, .1, .05], [.1, .15, None, .8], [.1, .05, .9, None]]
     matrix(ax, 8.25, 3.2, 1.1, sim, "Blues", "similarity S")
-    matrix(ax, 10.45, 3.2, 1.1, weights, "Oranges", "weights w")
-    arrow(ax, (7.8, 3.75), (8.25, 3.75)); arrow(ax, (9.35, 3.75), (10.45, 3.75))
-    ax.text(9.9, 3.84, "softmax(S/τ)", ha="center", va="bottom", fontsize=10); ax.text(9.9, 3.65, "no diagonal", ha="center", va="top", fontsize=10)
+    matrix(ax, 10.25, 3.2, 1.1, weights, "Oranges", "weights w")
+    arrow(ax, (7.8, 3.75), (8.25, 3.75)); arrow(ax, (9.35, 3.75), (10.25, 3.75))
+    ax.text(9.8, 3.84, "softmax(S/τ)", ha="center", va="bottom", fontsize=9.5); ax.text(9.8, 3.65, "no diagonal", ha="center", va="top", fontsize=9.5)
     box(ax, 5.95, .75, 3.4, 1.75, "", "", LM)
     ax.text(7.65, 2.27, "language model reads chunk i", ha="center", va="center", fontsize=12, weight="bold")
     box(ax, 6.15, 1.55, 3.0, .45, "attention to its own words", color="white", size=10.5)
@@ -58,9 +58,9 @@ def draw_pipeline():
     arrow(ax, (10.78, 3.2), (9.15, 1.145), connectionstyle="angle,angleA=-90,angleB=0,rad=8")
     box(ax, 9.75, .1, 1.9, .66, "next-token loss", size=12)
     arrow(ax, (8.0, .75), (9.75, .43), connectionstyle="angle,angleA=-90,angleB=0,rad=8")
-    arrow(ax, (11.3, .76), (11.3, 3.2), GRADIENT, linestyle=(0, (4, 2)))                                  # loss to weights
-    arrow(ax, (11.0, 4.68), (6.88, 4.5), GRADIENT, linestyle=(0, (4, 2)), connectionstyle="bar,fraction=-.045,angle=180")
-    ax.text(9.0, 4.9, "the gradient comes back to the retriever", ha="center", va="center", fontsize=10.5, color=GRADIENT)
+    ax.plot([11.55, 11.55, 6.88], [.76, 4.74, 4.74], color=GRADIENT, linewidth=1.8, linestyle=(0, (4, 2)))   # way back, outside
+    arrow(ax, (6.88, 4.76), (6.88, 4.5), GRADIENT)
+    ax.text(9.2, 4.88, "gradient, through w and S, back to the retriever", ha="center", va="center", fontsize=10.5, color=GRADIENT)
     return fig, ax
 
 def stack(ax, x, y, names, color, w=2.6, h=.42):
@@ -77,7 +77,7 @@ def draw_doubled_batch():
     stack(ax, .65, 4.5, rows, RETRIEVER); stack(ax, .65, 2.1, rows, LM)
     for y, n in ((4.5, ["0", "1", "", "B−1"]), (2.1, ["B", "B+1", "", "2B−1"])):
         for k, text in enumerate(n): ax.text(.57, y - (k + .5)*.42, text, ha="right", va="center", fontsize=10)
-    box(ax, 4.3, 2.82, 5.9, 1.68, "plain stream", "ordinary causal attention inside the row\nyields queries, keys K and values V of this layer", RETRIEVER)
+    box(ax, 4.3, 2.82, 5.9, 1.68, "plain stream", "ordinary causal attention inside the row\nits keys K and values V are what others read", RETRIEVER)
     box(ax, 4.3, .42, 5.9, 1.68, "in-batch stream", "causal attention inside row i   +   Σ w$_{ij}$ · c$_{ij}$\nc$_{ij}$: its queries read K, V of plain row j,  for all j ≠ i", LM)
     arrow(ax, (3.25, 3.66), (4.3, 3.66)); arrow(ax, (3.25, 1.26), (4.3, 1.26))
     arrow(ax, (6.2, 2.82), (6.2, 2.1), linewidth=2.4)
