@@ -46,7 +46,7 @@ def value_scale(
     real = key_mask[:, None].to(value.dtype)                                          # (N, 1, L)
     return 0.5 * (value.detach().norm(dim=-1) * real).sum() / (real.sum() * value.shape[1]).clamp(min=1)
 
-# %% ../nbs/04_attention.ipynb #b8c58b79
+# %% ../nbs/04_attention.ipynb #c34ac09d
 def cross_chunk_einsum(
     query:Tensor, # (N, H, L, D) queries after RoPE
     key:Tensor, # (N, Hkv, L, D) keys after RoPE; H is a multiple of Hkv
@@ -67,7 +67,7 @@ def cross_chunk_einsum(
     weights = weights.to(c.dtype) * key_mask.any(-1)                                   # an all-padding chunk has nothing to say
     return torch.einsum("ij,ijhtd->ihtd", weights, c) * scale
 
-# %% ../nbs/04_attention.ipynb #8e8d98f1
+# %% ../nbs/04_attention.ipynb #9c63698e
 PADDING_SCORE = -1e4 # score of a padded key: exp(-1e4) is exactly 0 in every floating type
 EXTRA = 8 # coordinates added to a head; kernels want multiples of 8
 
@@ -86,7 +86,7 @@ def add_key_bias(
     bias = torch.where(key_mask[:, None], bias, PADDING_SCORE) / scaling
     return F.pad(torch.cat([key, bias[..., None]], -1), (0, EXTRA - 1)), F.pad(value, (0, EXTRA))
 
-# %% ../nbs/04_attention.ipynb #cfae390c
+# %% ../nbs/04_attention.ipynb #a604b8ec
 def fold_queries(
     query:Tensor, # (N, H, L, D) queries after RoPE
     kv_heads:int, # Hkv, number of key heads
@@ -95,7 +95,7 @@ def fold_queries(
     N, H, L, D = query.shape
     return F.pad(F.pad(query, (0, 1), value=1.0), (0, EXTRA - 1)).reshape(N, kv_heads, H // kv_heads * L, D + EXTRA)
 
-# %% ../nbs/04_attention.ipynb #79147a17
+# %% ../nbs/04_attention.ipynb #18273f1d
 def read_all(
     query:Tensor, # (N, Hkv, Q, E) folded queries
     key:Tensor, # (N, Hkv, L, E) keys with bias
@@ -109,7 +109,7 @@ def read_all(
     c = F.scaled_dot_product_attention(everyone, key, value, scale=scaling)            # (N_j, Hkv, N_i*Q, E)
     return torch.einsum("ij,jhiqe->ihqe", weights, c.view(N, H, N, Q, E))
 
-# %% ../nbs/04_attention.ipynb #18273f1d
+# %% ../nbs/04_attention.ipynb #4eac8872
 def read_pairs(
     query:Tensor, # (N, Hkv, Q, E) folded queries
     key:Tensor, # (N, Hkv, L, E) keys with bias
@@ -122,7 +122,7 @@ def read_pairs(
     c = F.scaled_dot_product_attention(query[i], key[j], value[j], scale=scaling)      # (P, Hkv, Q, E)
     return torch.zeros_like(query).index_add(0, i, weights[i, j][:, None, None, None] * c)
 
-# %% ../nbs/04_attention.ipynb #4eac8872
+# %% ../nbs/04_attention.ipynb #d368c7d2
 def cross_chunk_attention(
     query:Tensor, # (N, H, L, D) queries after RoPE
     key:Tensor, # (N, Hkv, L, D) keys after RoPE; H is a multiple of Hkv

@@ -8,7 +8,7 @@ __all__ = ['log', 'CHUNK_WORDS', 'MAX_LENGTH', 'first_sentence', 'documented_fun
            'finished_folder', 'run_demo']
 
 # %% ../nbs/09_demo.ipynb #742a5b7b
-import ast, importlib.metadata, json, logging, math, platform, random, re, shutil, textwrap, time, warnings
+import ast, importlib.metadata, json, logging, platform, random, re, shutil, textwrap, time, warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,10 +27,10 @@ from .model import Revela
 from .retriever import Retriever
 from .trainer import RevelaArguments, RevelaTrainer, build_lm
 
-# %% ../nbs/09_demo.ipynb #7fcab10f
+# %% ../nbs/09_demo.ipynb #05ce9c3c
 log = logging.getLogger("revela_nb.demo")
 
-# %% ../nbs/09_demo.ipynb #cf47940e
+# %% ../nbs/09_demo.ipynb #8b89f696
 def first_sentence(
     docstring:str, # as `ast.get_docstring` gives it
 )->str: # one line
@@ -38,7 +38,7 @@ def first_sentence(
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     return re.split(r"(?<=[.!?])\s", paragraph)[0]
 
-# %% ../nbs/09_demo.ipynb #fc828597
+# %% ../nbs/09_demo.ipynb #c177f18a
 def documented_functions(
     source:str, # a module's source code
 )->Iterator[tuple[str, str, str]]: # (name:line, query, code without docstring)
@@ -55,7 +55,7 @@ def documented_functions(
         if len(node.body) > 1 and doc.lineno > node.lineno and len(code) >= 3 and 4 <= len(query.split()) <= 40:
             yield f"{node.name}:{node.lineno}", query, textwrap.dedent("\n".join(code))
 
-# %% ../nbs/09_demo.ipynb #94f89f04
+# %% ../nbs/09_demo.ipynb #6a5034ad
 def docstring_task(
     corpus:Dataset, # documents with columns `_id` and `text`: Python modules
     n_functions:int=2500, # documents to search
@@ -74,7 +74,7 @@ def docstring_task(
     asked = ids[:n_queries]
     return {i: {"title": "", "text": found[i][1]} for i in ids}, {i: found[i][0] for i in asked}, {i: {i: 1} for i in asked}
 
-# %% ../nbs/09_demo.ipynb #b303c394
+# %% ../nbs/09_demo.ipynb #c865d581
 def sample_documents(
     corpus:Dataset, # documents with columns `_id`, `text`; ids like packages:numpy.linalg
     queries:dict[str, str], # test queries that no document may contain
@@ -98,7 +98,7 @@ def sample_documents(
     log.info("%d documents of %d packages to train on; %d left out because they contain a test query", len(kept), len({ids[i].split(".")[0] for i in kept}), leaks)
     return corpus.select(kept)
 
-# %% ../nbs/09_demo.ipynb #40c86a9a
+# %% ../nbs/09_demo.ipynb #a05f1c02
 CHUNK_WORDS = 24 # words in a chunk of the demo
 MAX_LENGTH = 64 # tokens of a chunk, and of what is encoded in the demo
 
@@ -111,7 +111,7 @@ def demo_groups(
     documents = sample_documents(load_corpus(source), queries, seed=seed)
     return make_groups(chunk_corpus(documents, max_words=CHUNK_WORDS), group_size=16, strategy="document", seed=seed, run_length=4)
 
-# %% ../nbs/09_demo.ipynb #129b66f9
+# %% ../nbs/09_demo.ipynb #2c89c62b
 def backbone_folder()->str: # a folder in Hugging Face layout
     "The small backbone that ships with the package."
     return str(files("revela_nb") / "backbone")
@@ -143,7 +143,7 @@ def train_demo(
     trainer.train()
     return [record for record in trainer.state.log_history if "in_batch_loss" in record]
 
-# %% ../nbs/09_demo.ipynb #692792a6
+# %% ../nbs/09_demo.ipynb #7e783e36
 def answers(
     before:dict, # run of the untrained retriever: score by query id and document id
     after:dict, # run of the trained one
@@ -161,7 +161,7 @@ def versions()->dict[str, str]: # version by package
     found = {n: v for n in names if (v := next((d.version for d in importlib.metadata.distributions(name=n)), None))}
     return {"python": platform.python_version(), **found}
 
-# %% ../nbs/09_demo.ipynb #7e783e36
+# %% ../nbs/09_demo.ipynb #025ac566
 def draw_report(
     report:dict, # as `run_demo` returns it
     path:str|Path, # a .png to write
@@ -176,7 +176,7 @@ def draw_report(
     right.set(xlabel="step", ylabel="loss (nats/token)", title="language modelling loss"); right.legend()
     fig.tight_layout(); fig.savefig(path); plt.close(fig)
 
-# %% ../nbs/09_demo.ipynb #302e08d5
+# %% ../nbs/09_demo.ipynb #dadb2a31
 @contextmanager
 def finished_folder(
     out:str|Path, # the folder that shall appear
@@ -194,7 +194,7 @@ def finished_folder(
         partial.rename(out)
     finally: shutil.rmtree(partial, ignore_errors=True)
 
-# %% ../nbs/09_demo.ipynb #48729d7c
+# %% ../nbs/09_demo.ipynb #4c5cb67b
 def run_demo(
     out:str|Path="revela_demo", # folder to write report.json, report.png and the retriever to
     seed:int=0, # of training: documents, groups, order

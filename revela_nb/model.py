@@ -26,7 +26,7 @@ class RevelaOutput(ModelOutput):
     similarity: Tensor | None = None # (B, B), detached
     weights: Tensor | None = None # (B, B), detached
 
-# %% ../nbs/06_model.ipynb #a8848681
+# %% ../nbs/06_model.ipynb #4c8d147a
 class Revela(nn.Module):
     "Joint training of a retriever and a language model by in-batch language modelling (Revela sections 3.1 to 3.3)."
     def __init__(self,

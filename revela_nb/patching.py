@@ -32,7 +32,7 @@ class Reading:
     value_norm: str # "unit", "rescaled" or "none"
     layers: int = 0 # counts the attention layers that were reached
 
-# %% ../nbs/05_patching.ipynb #d2f7406a
+# %% ../nbs/05_patching.ipynb #59c3070f
 def in_batch_attention(
     module:nn.Module, # the attention layer that calls
     query:Tensor, # (2B, H, L, D) after RoPE; rows 0..B-1 plain stream, B..2B-1 in-batch stream
@@ -53,7 +53,7 @@ def in_batch_attention(
     cross = cross_chunk_attention(query[B:], key[:B], value[:B], r.weights, r.key_mask, scaling, r.value_norm)
     return torch.cat([out[:B], out[B:] + cross.transpose(1, 2).to(out.dtype)]), None
 
-# %% ../nbs/05_patching.ipynb #aa2343d0
+# %% ../nbs/05_patching.ipynb #07c85b5e
 def base_lm(
     lm:nn.Module, # a causal LM, PEFT-wrapped or not
 )->nn.Module: # the transformers model inside
@@ -77,7 +77,7 @@ def in_batch_mode(
     try: yield
     finally: model.set_attn_implementation(before)
 
-# %% ../nbs/05_patching.ipynb #a8c745cf
+# %% ../nbs/05_patching.ipynb #e6a6b9a3
 @contextmanager
 def checkpoints_in_mode(
     model:nn.Module, # a transformers causal LM, gradient checkpointing on or off
@@ -99,7 +99,7 @@ def checkpoints_in_mode(
     finally:
         for layer, checkpoint in zip(layers, before): layer._gradient_checkpointing_func = checkpoint
 
-# %% ../nbs/05_patching.ipynb #7fcef7c3
+# %% ../nbs/05_patching.ipynb #8520bb5d
 def labelled_positions(
     labels:Tensor, # (B, L) next-token labels, -100 where there is none
     attention_mask:Tensor, # (B, L) 1 at real tokens, 0 at padding
@@ -116,7 +116,7 @@ def token_loss(
     "Mean next-token cross-entropy (Revela equation 1)."
     return F.cross_entropy(logits.float(), targets, reduction="sum") / max(len(targets), 1)
 
-# %% ../nbs/05_patching.ipynb #8520bb5d
+# %% ../nbs/05_patching.ipynb #db242892
 @dataclass
 class InBatchOutput(ModelOutput):
     "What `in_batch_forward` returns."
@@ -137,7 +137,7 @@ def head_reads(
     try: yield
     finally: hook.remove()
 
-# %% ../nbs/05_patching.ipynb #db242892
+# %% ../nbs/05_patching.ipynb #f4ba8abb
 def check_batch(
     input_ids:Tensor, # (B, L)
     attention_mask:Tensor, # (B, L)
@@ -158,7 +158,7 @@ def double(
     positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return dict(input_ids=input_ids.repeat(2, 1), attention_mask=attention_mask.repeat(2, 1), position_ids=positions.repeat(2, 1))
 
-# %% ../nbs/05_patching.ipynb #e371288d
+# %% ../nbs/05_patching.ipynb #730209e8
 def in_batch_forward(
     lm:nn.Module, # any causal LM that calls the attention interface, PEFT-wrapped or not; left as it was found
     input_ids:Tensor, # (B, L) token ids of the chunks, no prefix, no eos
