@@ -21,7 +21,20 @@ def text(x): return "".join(x) if isinstance(x, list) else (x or "")
 
 def stored_text(cell):
     for output in cell.get("outputs", []):
-        yield text(output.get("text", "")) + text(output.get("data", {}).get("text/plain", "")) + text(output.get("data", {}).get("text/html", ""))
+        data = output.get("data", {})
+        yield text(output.get("text", "")) + "".join(text(data.get(f"text/{kind}", "")) for kind in ("plain", "html", "markdown"))
+
+
+def imports(source):
+    "Dotted names that Python source imports; `from package import name` gives package.name too. Cells with magics have none."
+    try: tree = ast.parse(source)
+    except SyntaxError: return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): yield from (a.name for a in node.names)
+        if isinstance(node, ast.ImportFrom):
+            base = "revela_nb" + f".{node.module}" * bool(node.module) if node.level else node.module
+            yield base
+            yield from (f"{base}.{a.name}" for a in node.names)
 
 
 def test_there_are_modules():
@@ -33,12 +46,20 @@ def test_there_are_modules():
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 def test_imports_point_to_lower_numbers(path):
     number = {p.stem: int(m[1]) for p, m in SOURCE.items()}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [f"{'.' * node.level}{node.module or ''}"] if isinstance(node, ast.ImportFrom) else []
-        for name in names:
-            assert name.split(".")[0] not in ("fastcore", "nbdev", "execnb", "ghapi", "nbconvert", "pytest"), f"{path.name} needs {name} at runtime"
-            ours = re.fullmatch(r"(?:revela_nb\.|\.)(\w+)", name)
-            if ours and ours[1] in number: assert number[ours[1]] < number[path.stem], f"{path.name} imports {name}, which comes later"
+    for name in imports(path.read_text(encoding="utf-8")):
+        assert name.split(".")[0] not in ("fastcore", "nbdev", "execnb", "ghapi", "nbconvert", "pytest"), f"{path.name} needs {name} at runtime"
+        ours = re.fullmatch(r"revela_nb\.(\w+)", name)
+        if ours and ours[1] in number: assert number[ours[1]] < number[path.stem], f"{path.name} imports {name}, which comes later"
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.name[0].isdigit()], ids=lambda p: p.stem)
+def test_notebooks_use_only_what_came_before(path):
+    "Cells that are not exported count too; a notebook may import the module that it exports."
+    number, here = {p.stem: int(m[1]) for p, m in SOURCE.items()}, int(path.name.split("_")[0])
+    for i, cell in enumerate(cells(path)):
+        for name in imports(text(cell["source"])) if cell["cell_type"] == "code" else ():
+            ours = re.fullmatch(r"revela_nb\.(\w+)", name)
+            if ours and ours[1] in number: assert number[ours[1]] <= here, f"cell {i} imports {name}, which comes later"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -51,6 +72,15 @@ def test_outputs_are_fit_to_be_read(path):
         for out in stored_text(cell):
             assert not re.search(r"(?<![\w:./<>-])/(?:home|root|work|tmp|usr|Users)/\w", out), f"cell {i} stores a path of somebody's machine"
             assert "Warning:" not in out, f"cell {i} stores a warning"
+            assert not re.search(r"\d(?:it/s|s/it)\]", out), f"cell {i} stores a progress bar"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_plot_is_stored(path):
+    "A plot cell that was edited and not refreshed shows readers nothing."
+    for i, cell in enumerate(cells(path)):
+        if cell["cell_type"] != "code" or not re.search(r"^(?!def |class |[ #]).*plt\.show\(\)", text(cell["source"]), re.M): continue
+        assert any("image/png" in output.get("data", {}) for output in cell["outputs"]), f"cell {i} draws a plot that is not stored: python nbs/_refresh.py nbs/{path.name}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
@@ -67,9 +97,13 @@ def test_every_parameter_is_documented(path):
 
 
 def test_modules_are_the_notebooks_export(tmp_path):
-    "What a fresh export writes is what is committed."
+    "What a fresh export writes is what is committed. Only what the export reads is copied: a checkout may hold a virtual environment."
     copy = tmp_path / "repo"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "backbone", "*.egg-info", ".pytest_cache", ".hypothesis", "results", "images"))
+    (copy / "nbs").mkdir(parents=True)
+    (copy / "revela_nb").mkdir()
+    shutil.copy(ROOT / "settings.ini", copy)
+    shutil.copy(ROOT / "revela_nb" / "__init__.py", copy / "revela_nb")
+    for path in NOTEBOOKS: shutil.copy(path, copy / "nbs")
     code = "from nbdev.export import nb_export\nimport glob\nfor n in sorted(glob.glob('nbs/[0-9]*.ipynb')): nb_export(n)"
     subprocess.run([sys.executable, "-c", code], cwd=copy, check=True, capture_output=True, timeout=120)
     for path in MODULES: assert (copy / "revela_nb" / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), f"{path.name} is not what nbdev_export writes"
