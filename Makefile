@@ -1,0 +1,15 @@
+# make docs: the site in _site/ (needs pip install -e '.[docs]'); make serve: look at it; make test-docs: check it
+PYTHON ?= python
+
+.PHONY: docs serve test-docs clean-docs
+docs:
+	$(PYTHON) docs/build.py _site
+
+serve: docs
+	$(PYTHON) -m http.server --directory _site --bind 127.0.0.1 8000
+
+test-docs:
+	$(PYTHON) -m pytest tests/test_site.py -q
+
+clean-docs:
+	rm -rf _site docs/_build
