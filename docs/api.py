@@ -39,10 +39,20 @@ def parameters(function, comments, method):
             for x, name in named if not (method and name in ("self", "cls"))]
 
 
+def field_row(statement, comments):
+    "Name, type, default, meaning of a dataclass's field; `field(default=..., metadata={'help': ...})` says the last two itself."
+    default, meaning = statement.value, comments.get(statement.end_lineno, "")
+    if isinstance(default, ast.Call) and ast.unparse(default.func).split(".")[-1] == "field":
+        given = {k.arg: k.value for k in default.keywords}
+        try: meaning = meaning or ast.literal_eval(given["metadata"]).get("help", "")
+        except (KeyError, ValueError): pass
+        default = given.get("default", given.get("default_factory"))
+    return statement.target.id, ast.unparse(statement.annotation), ast.unparse(default) if default else "", meaning
+
+
 def fields(cls, comments):
     "Rows of a dataclass's fields."
-    return [(s.target.id, ast.unparse(s.annotation), ast.unparse(s.value) if s.value else "", comments.get(s.end_lineno, ""))
-            for s in cls.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)]
+    return [field_row(s, comments) for s in cls.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)]
 
 
 def table(rows):

@@ -76,7 +76,8 @@ def prepare_code(cell, heading):
     shown = "\n".join(line for line in source.splitlines() if not line.startswith("#|")).strip("\n")
     if not shown.strip(): return None
     tags = [tag for tag, name, values in (("remove-input", "echo", ("false",)), ("remove-output", "output", ("false",)),
-                                          ("hide-input", "code-fold", ("true", "show")), ("hide-output", "collapse_output", ("",))) if found.get(name) in values]
+                                          ("hide-input", "code-fold", ("true", "show")), ("hide-output", "collapse_output", ("",)),
+                                          ("not-run", "eval", ("false",)), ("kept-output", "slow", ("",)), ("kept-output", "cuda", ("",))) if found.get(name) in values]
     cell |= {"source": shown, "metadata": {"tags": tags}, "outputs": [] if "remove-output" in tags else cell["outputs"]}
     if "remove-input" in tags and not cell["outputs"]: return None
     if any("image/png" in o.get("data", {}) for o in cell["outputs"]): cell["metadata"]["mystnb"] = {"image": {"alt": image_alt(source, heading)}}

@@ -171,6 +171,18 @@ def test_what_the_temperature_page_says_is_so():
     assert round(sum(row[1][0][3:]), 2) == 0.45 and sum(row[0.1][0][3:]) < 0.01 and min(max(r) for r in row[1e-4]) > 0.999
 
 
+def test_dataclass_fields_show_their_help(pages):
+    row = next(r for r in pages["api/trainer.html"].find("dt", id="revela_nb.trainer.RevelaArguments").find_next_sibling("dd").select("tbody tr") if r.td.get_text() == "learning_rate")
+    cells = [c.get_text() for c in row.find_all("td")]
+    assert "field(" not in cells[2] and float(cells[2]) > 0 and "rate" in cells[3]
+
+
+def test_the_build_does_not_wipe_a_stranger_folder(tmp_path):
+    (tmp_path / "mine.txt").write_text("keep me")
+    done = subprocess.run([sys.executable, ROOT / "docs" / "build.py", tmp_path], capture_output=True, text=True)
+    assert done.returncode and "no site of ours" in done.stderr and (tmp_path / "mine.txt").exists()
+
+
 def test_names_in_prose_lead_to_the_api(pages):
     link = pages["temperature.html"].find("a", href="api/attention.html#revela_nb.attention.in_batch_weights")
     assert link and link.get_text() == "in_batch_weights"
