@@ -207,7 +207,9 @@ def address(site):
     "The site, served on this machine."
     class Handler(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(site)))
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, *args): pass                                    # a browser that hangs up early
+    server = Server(("127.0.0.1", 0), functools.partial(Handler, directory=str(site)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -243,6 +245,38 @@ def test_pages_load_quietly_and_do_not_scroll_sideways(browser, address, pages, 
         if empty: faults.append((name, empty))
     context.close()
     assert not faults
+
+
+CONTRAST = """() => {
+  const numbers = s => { const m = s.match(/[\\d.]+/g).map(Number); return m.length > 3 ? m : [...m, 1]; };
+  const over = (top, under) => under.map((v, i) => v * (1 - top[3]) + top[i] * top[3]);
+  const light = c => c.map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4).reduce((a, v, i) => a + v * [.2126, .7152, .0722][i], 0);
+  const paper = e => { let c = [255, 255, 255]; const up = []; for (; e; e = e.parentElement) up.unshift(numbers(getComputedStyle(e).backgroundColor)); up.forEach(x => c = over(x, c)); return c; };
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), faint = [];
+  let seen = 0;
+  while (texts.nextNode()) {
+    const e = texts.currentNode.parentElement, text = texts.currentNode.textContent.trim();
+    if (!text || !e.offsetParent || e.closest("noscript, script, style, .visually-hidden")) continue;
+    const style = getComputedStyle(e), b = paper(e), f = over(numbers(style.color), b), [x, y] = [light(f), light(b)];
+    const ratio = (Math.max(x, y) + .05) / (Math.min(x, y) + .05);
+    seen += 1;
+    if (ratio < (parseFloat(style.fontSize) >= 24 ? 3 : 4.5)) faint.push([ratio.toFixed(2), e.tagName, e.className, text.slice(0, 40)]);
+  }
+  return { seen, faint };
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_its_paper(browser, address, scheme):
+    "WCAG AA: a contrast of 4.5 to 1, for large text 3 to 1."
+    page = browser.new_page(color_scheme=scheme)
+    for name in ("index", "temperature", "04_attention", "19_cli", "api/attention", "glossary"):
+        page.goto(f"{address}/{name}.html")
+        found = page.evaluate(CONTRAST)
+        assert found["seen"] > 50 and not found["faint"], name
+    page.add_style_tag(content="article p { color: #888 !important; background: #999 !important; }")
+    assert page.evaluate(CONTRAST)["faint"], "the check itself finds nothing"
+    page.close()
 
 
 def test_the_slider_moves_the_picture(browser, address):
