@@ -146,7 +146,8 @@ def checkpoint_fault(
     "Why a checkpoint cannot be used."
     folder = Path(folder)
     if not (folder / SEAL).is_file(): return "it was not written to the end"
-    sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+    try: sums = json.loads((folder / SEAL).read_text(encoding="utf-8"))
+    except ValueError: return f"{SEAL} is damaged"
     for name, expected in sums.items():
         if not (folder / name).is_file(): return f"{name} is missing"
         if file_sum(folder / name) != expected: return f"{name} is damaged"
