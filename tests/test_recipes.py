@@ -66,7 +66,6 @@ def test_recipe(path, hub, tmp_path, capsys):
 def launch(engine, hub, folder, *words):
     "`accelerate launch` with our file, on two CPU processes."
     accelerate = yaml.safe_load((ROOT / "configs" / f"{engine}.yaml").read_text()) | {"use_cpu": True, "num_processes": 2, "mixed_precision": "no", "main_process_port": 0}
-    if engine == "ddp": accelerate["distributed_type"] = "MULTI_CPU"
     (folder / "engine.yaml").write_text(yaml.safe_dump(accelerate))
     path = ROOT / "configs" / "smollm2-135m-wiki.yaml"
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -86,6 +85,7 @@ def test_launch_on_two_processes(hub, tmp_path):
         assert done.returncode == 0 and "after 2 steps" in done.stdout, done.stderr[-3000:]
         losses[engine] = [r["loss"] for r in map(json.loads, (folder / "run/log.jsonl").read_text().splitlines()) if "loss" in r]
         assert Retriever.from_pretrained(folder / "run/retriever").encode_passages(CHUNKS, progress=False).isfinite().all()
+        assert json.loads((folder / "run/checkpoint-2/pending_log.json").read_text())["groups_per_step"] == 4 # there were two processes
         adapter = load_file(folder / "run/retriever/adapter_model.safetensors")
         assert any(x.abs().max() > 1e-4 for name, x in adapter.items() if "lora_B" in name) # zero before training
     assert len(losses["ddp"]) == 2 and losses["fsdp2"] == pytest.approx(losses["ddp"], abs=1e-4)
