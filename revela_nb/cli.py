@@ -7,9 +7,9 @@ __all__ = ['log', 'GROUP_FILES', 'HARMLESS', 'RECORD', 'EXPECTED', 'CommandParse
            'read_rows', 'group_texts', 'read_groups', 'corpus_groups', 'prepare_groups', 'make_run', 'write_json',
            'evaluate_model', 'shorten_text', 'search_corpus', 'show_scores', 'show_examples', 'show_demo',
            'TrainOptions', 'read_config', 'option_words', 'apply_config', 'run_record', 'check_run', 'training_groups',
-           'build_training', 'beir_evaluation', 'train_retriever', 'add_command', 'HelpFormatter', 'add_grouping',
-           'add_demo_prepare', 'add_evaluate_search', 'add_train', 'build_parser', 'report_error', 'set_up_logging',
-           'quiet_libraries', 'parse_arguments', 'main']
+           'adapter_settings', 'build_training', 'beir_evaluation', 'train_retriever', 'add_command', 'HelpFormatter',
+           'add_grouping', 'add_demo_prepare', 'add_evaluate_search', 'add_train', 'build_parser', 'report_error',
+           'set_up_logging', 'quiet_libraries', 'parse_arguments', 'main']
 
 # %% ../nbs/19_cli.ipynb #986194d1
 import argparse, contextlib, difflib, hashlib, json, logging, os, sys, traceback, warnings
@@ -241,17 +241,22 @@ class TrainOptions:
     retriever:str|None = field(default=None, metadata={"help": "folder or hub name; None: the backbone that ships with the package"})
     lm:str|None = field(default=None, metadata={"help": "folder or hub name of the language model; None: the same as the retriever"})
     lora:int|None = field(default=None, metadata={"help": "rank of a LoRA adapter on both; None: train all weights"})
+    lora_alpha:float|None = field(default=None, metadata={"help": "scale of the adapter; None: twice its rank (paper: 64 at rank 256)"})
+    lora_dropout:float = field(default=0.0, metadata={"help": "in the adapter; paper: 0.1"})
     pooling:str = field(default="mean", metadata={"help": "eos (paper) or mean (surer for small models and short training)"})
     temperature:float = field(default=0.02, metadata={"help": "of the softmax over similarities; the released script uses 1e-4"})
     value_norm:str = field(default="unit", metadata={"help": "unit (paper), rescaled (surer for short training) or none"})
     dual_loss:bool = field(default=False, metadata={"help": "add the plain stream's loss"})
     freeze_lm:bool = field(default=False, metadata={"help": "train the retriever alone"})
+    gather_chunks:bool = field(default=False, metadata={"help": "all chunks of a step are one group, over all devices"})
+    learn_temperature:bool = field(default=False, metadata={"help": "make the temperature a parameter"})
     max_words:int = field(default=120, metadata={"help": "words in a chunk"})
     group_size:int = field(default=16, metadata={"help": "chunks in a group"})
     strategy:str = field(default="document", metadata={"help": "how chunks are grouped: document, bm25 or random"})
     run_length:int = field(default=4, metadata={"help": "neighbouring chunks of one document in a group (strategy document)"})
     max_length:int = field(default=160, metadata={"help": "tokens of a chunk at most"})
     eval_beir:str|None = field(default=None, metadata={"help": "a BEIR folder to evaluate on during training"})
+    patience:int = field(default=0, metadata={"help": "stop after so many evaluations without gain (needs metric_for_best_model, for example ndcg@10); 0: never"})
 
 # %% ../nbs/19_cli.ipynb #b0851d86
 def read_config(
@@ -292,7 +297,7 @@ def apply_config(
         parser.set_defaults(**{name: getattr(parsed, name)})
 
 # %% ../nbs/19_cli.ipynb #92f38b79
-HARMLESS = ("config", "output_dir", "verbose", "run", "parser", "logging_", "log_", "save_", "eval_", "report_to", "resume_", "disable_tqdm", "dataloader_num_workers")
+HARMLESS = ("config", "output_dir", "verbose", "run", "parser", "logging_", "log_", "save_", "eval_", "report_to", "per_device_train", "gradient_accumulation", "resume_", "disable_tqdm", "dataloader_num_workers")
 RECORD = "revela_run.json"
 
 def run_record(
@@ -327,6 +332,19 @@ def training_groups(
         raise ValueError("give either --corpus SOURCE or --groups FILE (a file that 'revela prepare' wrote)")
     return read_groups(options.groups) if options.groups else corpus_groups(options.corpus, options, seed)
 
+def adapter_settings(
+    options:TrainOptions, # says rank, alpha and dropout
+    task:str, # peft's name of the task
+): # a LoraConfig; None without a rank
+    "The adapter of one model. Raises a ValueError for alpha or dropout without a rank."
+    if options.lora is None:
+        if options.lora_alpha is not None or options.lora_dropout: raise ValueError("lora_alpha and lora_dropout need --lora RANK")
+        return None
+    from peft import LoraConfig
+    from revela_nb.retriever import LORA_TARGETS
+    alpha = 2 * options.lora if options.lora_alpha is None else options.lora_alpha
+    return LoraConfig(r=options.lora, lora_alpha=alpha, lora_dropout=options.lora_dropout, target_modules=LORA_TARGETS, task_type=task)
+
 def build_training(
     options:TrainOptions, # the method's options
 ): # a Revela and its GroupCollator
@@ -339,10 +357,10 @@ def build_training(
     if name is None:
         from revela_nb.demo import backbone_folder # with matplotlib behind it
         name = backbone_folder()
-    retriever = Retriever.from_pretrained(name, lora=options.lora, pooling=options.pooling, max_length=options.max_length)
-    lm = build_lm(options.lm or name, lora=options.lora)
+    retriever = Retriever.from_pretrained(name, lora=adapter_settings(options, "FEATURE_EXTRACTION"), pooling=options.pooling, max_length=options.max_length)
+    lm = build_lm(options.lm or name, lora=adapter_settings(options, "CAUSAL_LM"))
     tokenizer = load_tokenizer(find_folder(options.lm)) if options.lm else retriever.tokenizer
-    model = Revela(retriever, lm, options.temperature, options.value_norm, options.dual_loss, options.freeze_lm)
+    model = Revela(retriever, lm, options.temperature, options.value_norm, options.dual_loss, options.freeze_lm, options.gather_chunks, options.learn_temperature)
     return model, GroupCollator(retriever.tokenizer, tokenizer, options.max_length, retriever.query_prefix, retriever.passage_prefix)
 
 def beir_evaluation(
@@ -359,7 +377,8 @@ def train_retriever(
     args:argparse.Namespace, # of `revela train`
 )->None:
     "`revela train`: train, or go on with a run that was broken off, and save the retriever."
-    from transformers import HfArgumentParser, set_seed
+    from transformers import EarlyStoppingCallback, HfArgumentParser, set_seed
+    from revela_nb.launch import LogToFile, StopOnSignal, plan_run, refuse_oversized
     from revela_nb.trainer import RevelaArguments, RevelaTrainer
     if args.output_dir is None: raise ValueError("give --output_dir FOLDER for checkpoints and the retriever")
     options, arguments = HfArgumentParser((TrainOptions, RevelaArguments)).parse_dict(vars(args), allow_extra_keys=True)
@@ -367,16 +386,22 @@ def train_retriever(
     if options.eval_beir and arguments.eval_strategy == "no": raise ValueError("--eval_beir needs --eval_strategy epoch, or steps with --eval_steps N")
     folder, groups = Path(arguments.output_dir), training_groups(options, arguments.seed)
     record = run_record(args, groups)
-    state = check_run(folder, record)
+    with arguments.main_process_first(local=False): state = check_run(folder, record)
     if state == "finished": return print(f"{folder / 'retriever'} is there already: this run is finished")
     set_seed(arguments.seed) # before the adapters are drawn
     model, collator = build_training(options)
-    trainer = RevelaTrainer(model=model, args=arguments, train_dataset=groups, data_collator=collator, evaluate_retriever=beir_evaluation(options.eval_beir))
-    write_json(record, folder / RECORD)
+    plan, stop = plan_run(model, arguments, groups, collator), StopOnSignal()
+    if arguments.should_save: log.info("%s", plan)
+    refuse_oversized(plan, arguments)
+    patience = [EarlyStoppingCallback(options.patience)] if options.patience else []
+    trainer = RevelaTrainer(model=model, args=arguments, train_dataset=groups, data_collator=collator, evaluate_retriever=beir_evaluation(options.eval_beir),
+                            callbacks=[LogToFile(folder / "log.jsonl"), stop, *patience])
+    if arguments.should_save: write_json(record, folder / RECORD)
     log.info("training on %d groups%s", len(groups), ": this run was begun before" if state == "started" else "")
     with contextlib.redirect_stdout(sys.stderr): trainer.train(arguments.resume_from_checkpoint or state == "started") # True: from the last complete checkpoint
+    if stop.stopped: return log.warning("stopped by SIGTERM after step %d, which is saved: start the same command to go on", trainer.state.global_step)
     trainer.save_retriever(folder / "retriever")
-    print(f"{folder / 'retriever'}: the trained retriever after {trainer.state.global_step} steps")
+    if arguments.should_save: print(f"{folder / 'retriever'}: the trained retriever after {trainer.state.global_step} steps")
 
 # %% ../nbs/19_cli.ipynb #d7054ddd
 def add_command(
@@ -462,7 +487,8 @@ def add_train(
                         "  revela train --corpus notes/ --output_dir runs/notes --max_steps 100\n"
                         "  revela train train.yaml\n  revela train train.yaml --seed 1 --output_dir runs/seed1",
                         parents=parents, allow_abbrev=False, usage="revela train [CONFIG] [--name value ...]")
-    train.add_argument("config", nargs="?", metavar="CONFIG", help=".yaml or .json with the same names; the command line wins over it; comes first")
+    train.add_argument("--config", metavar="CONFIG", default=argparse.SUPPRESS, help="the same as CONFIG in first place")
+    train.add_argument("config", nargs="?", default=argparse.SUPPRESS, metavar="CONFIG", help=".yaml or .json with the same names; the command line wins over it; comes first")
 
 def build_parser(
     full:bool=True, # with the options of train
