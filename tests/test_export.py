@@ -172,3 +172,55 @@ def test_adapter_for_another_architecture(toy, tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(other)}))
     with pytest.raises(ValueError, match="cannot be put on .*other"): Retriever.from_pretrained(folder)
+
+
+# ---- cards, the hub, the command
+
+REPORT = {"before": {"ndcg@10": .02, "mrr@10": .01}, "after": {"ndcg@10": .1366, "mrr@10": .11}, "steps": 80, "seed": 7, "queries": 500, "functions": 2500,
+          "backbone": "shipped", "versions": {"torch": "2.13.0"}, "log": [{"step": 5, "ndcg@10": 1}]}
+
+
+def test_card_says_what_the_report_says(toy):
+    from revela_nb.export import model_card
+    card = str(model_card(Retriever.from_pretrained(toy, pooling="mean", query_prefix="Q: ", max_length=33), REPORT))
+    for part in ("| before | 0.020 | 0.010 |", "| after | 0.137 | 0.110 |", "* steps: 80", "* seed: 7", "500 questions over 2500", "torch 2.13.0", "'Q: '", "mean pooling", "33 tokens", "## Limits"): assert part in card, part
+    assert "no figures are known" in str(model_card(Retriever.from_pretrained(toy), {"max_steps": 5, "corpus": "notes/"}))
+
+
+@pytest.mark.parametrize("form", ["sentence-transformers", "peft"])
+def test_push(toy, monkeypatch, form):
+    pytest.importorskip("sentence_transformers")
+    from pathlib import Path
+    from types import SimpleNamespace
+    from revela_nb import export
+    calls = {}
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok): calls["repo"] = (repo_id, private)
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls["files"] = {p.name for p in Path(folder_path).iterdir()}
+            calls["card"] = (Path(folder_path) / "README.md").read_text(encoding="utf-8")
+            return SimpleNamespace(commit_url="https://hub/commit/1")
+    monkeypatch.setattr(export, "HfApi", Api)
+    assert export.push_to_hub(trained(toy, lora=2), "me/tiny", REPORT, form) == "https://hub/commit/1"
+    assert calls["repo"] == ("me/tiny", True) and "| after | 0.137" in calls["card"]
+    assert ("modules.json" in calls["files"]) == (form != "peft") and ("adapter_model.safetensors" in calls["files"]) == (form == "peft")
+    calls.clear()
+    with pytest.raises(ValueError, match="no adapter"): export.push_to_hub(Retriever.from_pretrained(toy), "me/tiny", REPORT, "peft")
+    assert not calls, "something was sent"
+
+
+def test_command(toy, tmp_path, capsys):
+    st = pytest.importorskip("sentence_transformers")
+    from revela_nb.cli import main
+    run = tmp_path / "run"
+    ours = trained(toy, lora=2)
+    ours.save_pretrained(run / "retriever")
+    (run / "report.json").write_text(json.dumps(REPORT))
+    for form in ("sentence-transformers", "peft"): assert main(["export", str(run / "retriever"), "--out", str(tmp_path / form), "--format", form]) == 0
+    assert "| after | 0.137" in (tmp_path / "peft" / "README.md").read_text(encoding="utf-8")
+    theirs = st.SentenceTransformer(str(tmp_path / "sentence-transformers"), device="cpu").encode_query(TEXTS)
+    torch.testing.assert_close(torch.from_numpy(theirs), ours.encode_queries(TEXTS, progress=False), atol=1e-5, rtol=0)
+    capsys.readouterr()
+    assert main(["export", str(toy), "--out", str(tmp_path / "x"), "--format", "peft"]) == 2 and "no adapter" in capsys.readouterr().err
+    (run / "report.json").write_text("[1")
+    assert main(["export", str(run / "retriever"), "--out", str(tmp_path / "x")]) == 2 and "report.json" in capsys.readouterr().err
