@@ -8,8 +8,8 @@ __all__ = ['log', 'GROUP_FILES', 'HARMLESS', 'RECORD', 'EXPECTED', 'CommandParse
            'evaluate_model', 'shorten_text', 'search_corpus', 'show_scores', 'show_examples', 'show_demo',
            'TrainOptions', 'read_config', 'option_words', 'apply_config', 'run_record', 'check_run', 'training_groups',
            'adapter_settings', 'build_training', 'beir_evaluation', 'train_retriever', 'add_command', 'HelpFormatter',
-           'add_grouping', 'add_demo_prepare', 'add_evaluate_search', 'add_train', 'build_parser', 'report_error',
-           'set_up_logging', 'quiet_libraries', 'parse_arguments', 'main']
+           'add_grouping', 'add_demo_prepare', 'add_evaluate_search', 'add_train', 'build_parser', 'export_model',
+           'add_export', 'report_error', 'set_up_logging', 'quiet_libraries', 'parse_arguments', 'main']
 
 # %% ../nbs/19_cli.ipynb #986194d1
 import argparse, contextlib, difflib, hashlib, json, logging, os, sys, traceback, warnings
@@ -502,7 +502,30 @@ def build_parser(
     add_demo_prepare(commands)
     add_train(commands, full)
     add_evaluate_search(commands)
+    add_export(commands)
     return parser
+
+# %% ../nbs/19_cli.ipynb #2ea7f56b
+def export_model(
+    args:argparse.Namespace, # of `revela export`
+)->None:
+    "`revela export`: a folder that other programs load."
+    from revela_nb.export import export_folder, read_report
+    from revela_nb.retriever import Retriever
+    report = read_report(args.model) # before the work, not after it
+    if not report: log.info("there is no report.json or revela_run.json beside '%s': the card will name no figures", args.model)
+    export_folder(Retriever.from_pretrained(args.model), args.out, args.format, report)
+    print(f"{args.out}: in the format of {args.format}")
+
+def add_export(
+    commands, # argparse's sub-parsers
+)->None:
+    "`revela export`."
+    export = add_command(commands, "export", export_model, "write a trained retriever so that sentence-transformers or PEFT load it",
+                         "  revela export revela_demo/retriever --out published\n  revela export runs/notes/retriever --out adapter --format peft")
+    export.add_argument("model", help="folder or hub name of a retriever")
+    export.add_argument("--out", metavar="DIR", required=True, help="the folder to write")
+    export.add_argument("--format", choices=["sentence-transformers", "peft"], default="sentence-transformers", help="'peft' needs a retriever with an adapter and eos pooling")
 
 # %% ../nbs/19_cli.ipynb #227820d9
 EXPECTED = (OSError, ValueError, TypeError, RuntimeError, FloatingPointError, MemoryError, SafetensorError)
