@@ -443,7 +443,7 @@ def add_demo_prepare(
     demo.add_argument("--out", metavar="DIR", default="revela_demo", help="folder for report.json, report.png and the retriever")
     demo.add_argument("--seed", type=int, default=0, help="the same seed gives the same figures")
     demo.add_argument("--backbone", metavar="NAME_OR_PATH", help="folder or hub name; None: the one that ships with the package")
-    demo.add_argument("--steps", type=int, default=100, help="training steps of one group")
+    demo.add_argument("--steps", type=int, default=150, help="training steps of one group")
     demo.add_argument("--functions", type=int, default=2500, help="functions to search")
     demo.add_argument("--queries", type=int, default=500, help="how many of them are asked for")
     prepare = add_command(commands, "prepare", prepare_groups, "cut a corpus into chunks and write groups of them to a file",

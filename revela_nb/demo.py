@@ -231,7 +231,7 @@ def run_demo(
     out:str|Path="revela_demo", # folder to write report.json, report.png and the retriever to
     seed:int=0, # of training: documents, groups, order
     backbone:str|None=None, # folder or hub name; None: the one that ships with the package
-    steps:int=100, # optimiser steps, one group each
+    steps:int=150, # optimiser steps, one group each
     n_functions:int=2500, # documents of the test set
     n_queries:int=500, # queries of the test set
 )->dict: # the report
