@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import ModelOutput
 
 from .attention import VALUE_NORMS, cross_chunk_attention, in_batch_weights, value_scale
-from .patching import InBatchOutput, base_lm, double, head_reads, in_batch_forward, labelled_positions, token_loss
+from .patching import InBatchOutput, base_lm, double, head_reads, in_batch_forward, labelled_positions
 from .retriever import LORA_TARGETS, Retriever, add_lora, find_folder, quiet_transformers
 
 # %% ../nbs/06_model.ipynb #4ea3df1b
@@ -141,9 +141,9 @@ def spanning_forward(
     with head_reads(model, positions.repeat(2, 1)): logits = lm(**double(input_ids, attention_mask), use_cache=False, revela_reading=reading).logits
     expected = model.config.get_text_config().num_hidden_layers
     if reading.layers < expected: raise TypeError(f"{type(model).__name__}: only {reading.layers} of {expected} layers call the attention interface; it cannot be patched")
-    plain, in_batch = logits[0].chunk(2)
     targets = labels[:, 1:][positions[:, :-1]]
-    return InBatchOutput(token_loss(in_batch, targets), token_loss(plain, targets))
+    plain, in_batch = (F.cross_entropy(x.float(), targets, reduction="sum") / max(len(targets), 1) for x in logits[0].chunk(2))
+    return InBatchOutput(in_batch, plain)
 
 # %% ../nbs/06_model.ipynb #4c8d147a
 class Revela(nn.Module):

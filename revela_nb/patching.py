@@ -123,6 +123,7 @@ def trained_loss(
 )->Tensor: # scalar mean cross-entropy in nats; 0 if M is 0
     "Mean next-token cross-entropy (Revela equation 1); its gradient is computed in the forward pass, chunk by chunk. Backward once only."
     if not len(targets): return hidden.sum()
+    if not hasattr(F, "linear_cross_entropy"): return reported_loss(hidden, weight, targets)     # torch before 2.13
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=TOKENS, chunking_method=None)
     return F.linear_cross_entropy(hidden, weight, targets, options=options).float()
 
