@@ -9,7 +9,8 @@ __all__ = ['log', 'GROUP_FILES', 'HARMLESS', 'RECORD', 'EXPECTED', 'CommandParse
            'TrainOptions', 'read_config', 'option_words', 'apply_config', 'run_record', 'check_run', 'training_groups',
            'adapter_settings', 'build_training', 'beir_evaluation', 'train_retriever', 'add_command', 'HelpFormatter',
            'add_grouping', 'add_demo_prepare', 'add_evaluate_search', 'add_train', 'build_parser', 'export_model',
-           'add_export', 'report_error', 'set_up_logging', 'quiet_libraries', 'parse_arguments', 'main']
+           'add_export', 'show_bench', 'add_bench', 'report_error', 'set_up_logging', 'quiet_libraries',
+           'parse_arguments', 'main']
 
 # %% ../nbs/19_cli.ipynb #986194d1
 import argparse, contextlib, difflib, hashlib, json, logging, os, sys, traceback, warnings
@@ -503,6 +504,7 @@ def build_parser(
     add_train(commands, full)
     add_evaluate_search(commands)
     add_export(commands)
+    add_bench(commands)
     return parser
 
 # %% ../nbs/19_cli.ipynb #2ea7f56b
@@ -526,6 +528,44 @@ def add_export(
     export.add_argument("model", help="folder or hub name of a retriever")
     export.add_argument("--out", metavar="DIR", required=True, help="the folder to write")
     export.add_argument("--format", choices=["sentence-transformers", "peft"], default="sentence-transformers", help="'peft' needs a retriever with an adapter and eos pooling")
+
+# %% ../nbs/19_cli.ipynb #be9c0002
+def show_bench(
+    args:argparse.Namespace, # of `revela bench`
+)->None:
+    "`revela bench`: every method at every size, as multiples of the plain model."
+    from revela_nb.bench import draw_bench, name_row, run_bench
+    report = run_bench(args.shape, args.layers or None, args.chunks, args.lengths, args.temperatures, args.group_size, args.repeats, args.checkpointing)
+    table = Table("method", "chunks × tokens", "seconds", "time ratio", "peak GB", "memory ratio", "of the GPU's peak", title=f"{args.shape}, {args.layers or 'all'} layers, forward and backward")
+    for row in report["rows"]:
+        size = f"{row['chunks']} × {row['length']}"
+        if "seconds" not in row: table.add_row(name_row(row), size, escape(f"skipped: {row['skipped']}")); continue
+        share = f"{row['utilisation']:.0%}" if row.get("utilisation") else "–"
+        table.add_row(name_row(row), size, f"{row['seconds']:.2f}", f"{row.get('time_ratio', float('nan')):.2f}", f"{row['peak']/1e9:.2f}", f"{row.get('memory_ratio', float('nan')):.2f}", share)
+    Console().print(table)
+    for name, seconds in report["layer"].items(): print(f"one layer's cross-chunk part, {name:10s} {seconds:8.3f} s   einsum / this = {report['layer']['einsum'] / seconds:.1f}")
+    out = Path(args.out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    draw_bench(report, out / "bench.png")
+    write_json(report, out / "bench.json")
+    print(f"{out}/bench.json, {out}/bench.png")
+
+def add_bench(
+    commands, # argparse's sub-parsers
+)->None:
+    "`revela bench`."
+    bench = add_command(commands, "bench", show_bench, "time a training step four ways, as multiples of a plain language model (some minutes)",
+                        "  revela bench\n  revela bench --chunks 8 16 32 --temperatures 1 0.01\n  revela bench --shape llama-3.2-1b --layers 0      (all layers: for a GPU)")
+    bench.add_argument("--shape", choices=["smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b"], default="smollm2-135m", help="the model's shape; weights are random")
+    bench.add_argument("--layers", type=int, default=4, help="layers kept; 0: all")
+    bench.add_argument("--chunks", type=int, nargs="+", default=[16], help="chunks in a batch, one or several numbers")
+    bench.add_argument("--lengths", type=int, nargs="+", default=[160], help="tokens a chunk, one or several numbers")
+    bench.add_argument("--temperatures", type=float, nargs="+", default=[1.0], help="of the weights; 1: all pairs matter")
+    bench.add_argument("--group_size", type=int, default=16, help="chunks a group; more chunks make several groups")
+    bench.add_argument("--repeats", type=int, default=5, help="timed steps a case; the median counts")
+    bench.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    bench.add_argument("--out", metavar="DIR", default="revela_bench", help="folder for bench.json and bench.png")
+
 
 # %% ../nbs/19_cli.ipynb #227820d9
 EXPECTED = (OSError, ValueError, TypeError, RuntimeError, FloatingPointError, MemoryError, SafetensorError)

@@ -78,7 +78,7 @@ def ndcg(run_file, qrels_file):
 
 
 def test_help_and_version(capsys):
-    for words in (["--help"], *([c, "--help"] for c in ("demo", "prepare", "train", "evaluate", "search"))):
+    for words in (["--help"], *([c, "--help"] for c in ("demo", "prepare", "train", "evaluate", "search", "export", "bench"))):
         assert main(words) == 0
         said = capsys.readouterr().out
         assert "revela" in said and (words == ["--help"] or "examples:\n  revela " + words[0] in said)
