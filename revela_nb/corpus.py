@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['log', 'SENTENCE_END', 'ABBREVIATIONS', 'CODE_LINE', 'CODE_END', 'WORD_LENGTH', 'CORPUS_FEATURES', 'CHUNK_FEATURES',
-           'SKIPPED_FOLDERS', 'PYTHON', 'SHORTEST', 'LONGEST', 'ROW_COLUMNS', 'READERS', 'SOURCES', 'ends_sentence',
-           'split_sentences', 'looks_like_code', 'count_words', 'split_long', 'trim_chunk', 'chunk_text',
-           'chunk_corpus', 'Skipped', 'module_files', 'read_modules', 'read_text', 'first_heading', 'read_plain',
-           'HtmlText', 'read_html', 'row_documents', 'read_jsonl', 'read_csv', 'read_parquet', 'find_reader',
-           'folder_files', 'read_hub', 'read_source', 'find_fault', 'load_corpus']
+           'SKIPPED_FOLDERS', 'PYTHON', 'SHORTEST', 'LONGEST', 'OFFICE', 'TEXT_COLUMNS', 'ID_COLUMNS', 'ROW_COLUMNS',
+           'READERS', 'SOURCES', 'HUB_LINES', 'ends_sentence', 'split_sentences', 'looks_like_code', 'count_words',
+           'split_long', 'trim_chunk', 'chunk_text', 'chunk_corpus', 'Skipped', 'module_files', 'read_modules',
+           'CountedFile', 'open_bytes', 'read_text', 'first_heading', 'read_plain', 'HtmlText', 'read_html',
+           'read_notebook', 'pdf_text', 'docx_text', 'read_office', 'row_documents', 'read_jsonl', 'read_csv',
+           'read_parquet', 'find_reader', 'folder_files', 'hub_rows', 'read_hub', 'read_source', 'find_fault',
+           'stream_documents', 'load_corpus']
 
 # %% ../nbs/01_corpus.ipynb #a3048a6e
-import csv, gzip, json, logging, os, re, sysconfig, zlib
+import csv, gzip, io, json, logging, os, re, sysconfig, zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
@@ -133,9 +135,9 @@ def chunk_corpus(
 
 # %% ../nbs/01_corpus.ipynb #798f8dfd
 class Skipped:
-    "What was left out of a corpus: how many by reason, and the first three places of each."
+    "What was left out of a corpus: how many by reason, and the first three places of each; and how much has been read."
     def __init__(self):
-        self.counts, self.places = defaultdict(int), defaultdict(list)
+        self.counts, self.places, self.bytes_read = defaultdict(int), defaultdict(list), 0
 
     def add(
         self,
@@ -181,15 +183,34 @@ def read_modules(
             else: skipped.add(f"modules under {SHORTEST} or above {LONGEST:,} characters", f"{half}:{name}")
 
 # %% ../nbs/01_corpus.ipynb #576f5b0e
+class CountedFile(io.FileIO):
+    "A file that adds the bytes it reads to `skipped.bytes_read`."
+    def __init__(self, path, skipped):
+        super().__init__(path)
+        self.skipped = skipped
+
+    def readinto(self, buffer):
+        n = super().readinto(buffer)
+        self.skipped.bytes_read += n
+        return n
+
+def open_bytes(
+    path: str | Path, # plain, or gzipped where it ends in .gz
+    skipped: Skipped, # counts the bytes read
+): # a binary file. Raises an OSError, while reading also EOFError or zlib.error
+    "A file's unpacked bytes."
+    file = io.BufferedReader(CountedFile(path, skipped), 2**20)
+    return gzip.GzipFile(fileobj=file) if str(path).lower().endswith(".gz") else file
+
 def read_text(
     path: str | Path, # a text file
     skipped: Skipped, # receives the path where it cannot be read
 ) -> str | None: # None where it cannot be read
     "A UTF-8 file's text, its line ends as \\n."
     try:
-        with open(path, encoding="utf-8-sig") as file: return file.read()
+        with io.TextIOWrapper(open_bytes(path, skipped), encoding="utf-8-sig") as file: return file.read()
     except UnicodeDecodeError: skipped.add("files that are not UTF-8", str(path))
-    except OSError as error: skipped.add("files that cannot be opened", f"{path}: {error.strerror}")
+    except (OSError, EOFError, zlib.error) as error: skipped.add("files that cannot be opened", f"{path}: {getattr(error, 'strerror', None) or error}")
 
 def first_heading(
     text: str, # md, rst or plain text
@@ -206,7 +227,7 @@ def read_plain(
     "One document from a file of text; its title is the first heading, or else the file's name."
     text = read_text(path, skipped)
     if text is None: return
-    heading = "" if path.suffix.lower() == ".py" else first_heading(text)
+    heading = "" if ".py" in path.suffixes else first_heading(text)
     yield name, heading or path.name, text
 
 # %% ../nbs/01_corpus.ipynb #cdd167f4
@@ -250,23 +271,75 @@ def read_html(
     text = trim_chunk(re.sub(r"[ \t]*\n\s*\n", "\n\n", "".join(parser.parts)))
     yield name, " ".join("".join(parser.titles).split()) or path.name, text
 
+# %% ../nbs/01_corpus.ipynb #852498c8
+def read_notebook(
+    path: Path, # an ipynb file
+    name: str, # becomes the document's id
+    skipped: Skipped, # receives what is left out
+) -> Iterator[tuple[str, str, str]]: # id, title, text
+    "One document from a notebook: the sources of its cells, without outputs, titled by the first heading."
+    text = read_text(path, skipped)
+    if text is None: return
+    try: cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
+    except (ValueError, TypeError, KeyError, RecursionError) as error: return skipped.add("files that cannot be parsed", f"{path}: {type(error).__name__}: {error}")
+    text = "\n\n".join(cells)
+    yield name, first_heading(text) or path.name, text
+
+def pdf_text(
+    file, # a binary file
+) -> tuple[str, str]: # title ("" where there is none), text
+    "The text layer of a PDF, pages apart. Raises an ImportError without pypdf, and whatever pypdf raises."
+    from pypdf import PdfReader
+    reader = PdfReader(file)
+    return str((reader.metadata and reader.metadata.title) or ""), "\n\n".join(page.extract_text() for page in reader.pages)
+
+def docx_text(
+    file, # a binary file
+) -> tuple[str, str]: # title ("" where there is none), text
+    "Paragraphs and tables of a Word document in their order. Raises an ImportError without python-docx, and whatever it raises."
+    import docx
+    document = docx.Document(file)
+    parts = [part.text if hasattr(part, "text") else "\n".join("\t".join(cell.text for cell in row.cells) for row in part.rows)
+             for part in document.iter_inner_content()]
+    return document.core_properties.title or "", "\n\n".join(parts)
+
+OFFICE = {".pdf": (pdf_text, "pypdf"), ".docx": (docx_text, "python-docx")}
+
+def read_office(
+    path: Path, # a pdf or docx file
+    name: str, # becomes the document's id
+    skipped: Skipped, # receives what is left out, with the pip command where a library is missing
+) -> Iterator[tuple[str, str, str]]: # id, title, text
+    "One document from a PDF or Word file."
+    ending = next(ending for ending in OFFICE if ending in path.name.lower())
+    extract, package = OFFICE[ending]
+    try:
+        with open_bytes(path, skipped) as file: title, text = extract(io.BytesIO(file.read()))
+    except ImportError: skipped.add(f"{ending} files that need 'pip install {package}'", str(path))
+    except Exception as error: skipped.add("files that cannot be parsed", f"{path}: {type(error).__name__}: {error}")
+    else: yield name, title.strip() or path.name, text
+
+
 # %% ../nbs/01_corpus.ipynb #f8c7d74d
-ROW_COLUMNS = ("text", "_id", "id", "docid", "title") # what is read of a row; the rest is ignored
+TEXT_COLUMNS = ("text", "doc_content") # the first that a row has
+ID_COLUMNS = ("_id", "id", "docid", "doc_id")
+ROW_COLUMNS = TEXT_COLUMNS + ID_COLUMNS + ("title",) # what is read of a row; the rest is ignored
 
 def row_documents(
     row, # whatever stood in the line: a dict with "text", or a list of texts
     name: str, # the row's id where it brings none, such as "notes.jsonl:3"
     skipped: Skipped, # receives what is left out
 ) -> Iterator[tuple[str, str, str]]: # id, title, text
-    "The documents of one row: columns text, optional _id / id / docid, optional title; or a list of texts (the published Revela formats)."
-    texts = row.get("text") if isinstance(row, dict) else row
+    "The documents of one row: a text column, optional id and title; or a list of texts (the published Revela formats)."
+    column = next((key for key in TEXT_COLUMNS if key in row), None) if isinstance(row, dict) else None
+    texts = row.get(column) if isinstance(row, dict) else row
     if isinstance(texts, list):
         title = str(row.get("title") or "") if isinstance(row, dict) else ""
         for number, text in enumerate(texts): yield f"{name}.{number}", title, text
     elif not isinstance(row, dict): skipped.add("lines that hold neither an object nor a list", name)
-    elif "text" not in row: skipped.add("rows without a column 'text'", f"{name} has {list(row)}")
+    elif column is None: skipped.add("rows without a column 'text'", f"{name} has {list(row)}")
     else:
-        given = next((row[key] for key in ROW_COLUMNS[1:4] if row.get(key) not in (None, "")), name)
+        given = next((row[key] for key in ID_COLUMNS if row.get(key) not in (None, "")), name)
         yield str(given), str(row.get("title") or ""), texts
 
 # %% ../nbs/01_corpus.ipynb #9f80bd6e
@@ -278,7 +351,7 @@ def read_jsonl(
     "Documents from JSON lines, one line after another, so that a broken one costs only itself."
     number = 0
     try:
-        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+        with open_bytes(path, skipped) as file:
             for number, line in enumerate(file, 1):
                 if not line.strip(): continue
                 try: row = json.loads(line.decode("utf-8-sig"))
@@ -288,19 +361,19 @@ def read_jsonl(
     except (OSError, EOFError, zlib.error) as error: skipped.add("files broken off", f"{path} after line {number}: {error}")
 
 def read_csv(
-    path: Path, # comma separated, first line = column names
+    path: Path, # comma separated, first line = column names; plain or gzipped
     name: str, # the file's name in ids
     skipped: Skipped, # receives what is left out
 ) -> Iterator[tuple[str, str, str]]: # id, title, text
     "Documents from a csv file. Bytes that are not UTF-8 cost only their own row."
     limit, number = csv.field_size_limit(2**31 - 1), 1
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with io.TextIOWrapper(open_bytes(path, skipped), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             rows = csv.DictReader(file)
             for row in rows:
                 number = rows.line_num
                 yield from row_documents(row, f"{name}:{number}", skipped)
-    except (OSError, csv.Error) as error: skipped.add("files broken off", f"{path} after line {number}: {error}")
+    except (OSError, EOFError, zlib.error, csv.Error) as error: skipped.add("files broken off", f"{path} after line {number}: {error}")
     finally: csv.field_size_limit(limit)
 
 def read_parquet(
@@ -311,22 +384,23 @@ def read_parquet(
     "Documents from a parquet file, a thousand rows in memory at a time."
     number = 0
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(open_bytes(path, skipped))
         known = [column for column in file.schema_arrow.names if column in ROW_COLUMNS]
-        if "text" not in known: skipped.add("files without a column 'text'", f"{path} has {file.schema_arrow.names}")
-        for batch in file.iter_batches(batch_size=1000, columns=known) if "text" in known else []:
+        usable = any(column in known for column in TEXT_COLUMNS)
+        if not usable: skipped.add("files without a column 'text'", f"{path} has {file.schema_arrow.names}")
+        for batch in file.iter_batches(batch_size=1000, columns=known) if usable else []:
             for number, row in enumerate(batch.to_pylist(), number + 1): yield from row_documents(row, f"{name}:{number}", skipped)
-    except (OSError, pa.ArrowException) as error: skipped.add("files broken off", f"{path} after row {number}: {error}")
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error: skipped.add("files broken off", f"{path} after row {number}: {error}")
 
 # %% ../nbs/01_corpus.ipynb #8ce4068f
-READERS = {".txt": read_plain, ".md": read_plain, ".rst": read_plain, ".py": read_plain, ".html": read_html, ".csv": read_csv,
-           ".parquet": read_parquet, ".jsonl": read_jsonl, ".jsonl.gz": read_jsonl}
+READERS = {".txt": read_plain, ".md": read_plain, ".rst": read_plain, ".py": read_plain, ".html": read_html, ".htm": read_html, ".ipynb": read_notebook,
+           ".pdf": read_office, ".docx": read_office, ".csv": read_csv, ".parquet": read_parquet, ".jsonl": read_jsonl} # each also with .gz behind
 
 def find_reader(
     path: Path, # a file
 ): # the function that reads it, or None
-    "The reader for a file's ending, upper or lower case."
-    return next((reader for ending, reader in READERS.items() if path.name.lower().endswith(ending)), None)
+    "The reader for a file's ending, upper or lower case, gzipped or not."
+    return next((reader for ending, reader in READERS.items() if path.name.lower().removesuffix(".gz").endswith(ending)), None)
 
 def folder_files(
     folder: Path, # with files in any depth
@@ -346,26 +420,40 @@ def folder_files(
 # %% ../nbs/01_corpus.ipynb #7905f462
 SOURCES = "a source is 'python', 'python:stdlib', 'python:packages', a file or folder, or the name of a hub data set"
 
+HUB_LINES = {name: f"hf://datasets/{name}/*.json*" for name in ("trumancai/revela_training_corpus", "trumancai/revela_code_training_corpus", "Tevatron/wikipedia-nq-corpus")}
+
+def hub_rows(
+    name: str, # such as "trumancai/revela_training_corpus"
+    split: str, # such as "train"
+    streaming: bool, # read over the network without keeping a copy
+) -> Iterator: # rows: dicts, or whatever a line of JSON holds
+    "The rows of a hub data set. Raises what `load_dataset` raises, a ValueError for a line that is no JSON."
+    options = {"split": split} | ({"streaming": True} if streaming else {})
+    if name not in HUB_LINES: yield from load_dataset(name, **options)
+    else: yield from (json.loads(row["text"]) for row in load_dataset("text", data_files={split: HUB_LINES[name]}, **options) if row["text"].strip())
+
 def read_hub(
     name: str, # such as "trumancai/revela_training_corpus"
     split: str, # such as "train"
     skipped: Skipped, # receives what is left out
+    streaming: bool = False, # read over the network without keeping a copy
 ) -> Iterator[tuple[str, str, str]]: # id, title, text
     "Documents of a hub data set's split. Raises FileNotFoundError for what looks like a mistyped path or cannot be reached, ValueError for what cannot be loaded."
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) or re.search(r"\.[A-Za-z]\w*$", name):
         raise FileNotFoundError(f"There is no file or folder '{name}' ({SOURCES}).")
-    try: rows = load_dataset(name, split=split)
+    try:
+        for number, row in enumerate(hub_rows(name, split, streaming)): yield from row_documents(row, f"{name}:{number}", skipped)
     except OSError as error:
         raise FileNotFoundError(f"'{name}' is no file or folder here, and no hub data set of that name could be reached: {error} ({SOURCES}).") from error
     except (ValueError, RuntimeError, DatasetsError) as error:
         raise ValueError(f"The hub data set '{name}', split '{split}', could not be loaded: {error} Download its files and name their folder instead.") from error
-    for number, row in enumerate(rows): yield from row_documents(row, f"{name}:{number}", skipped)
 
 # %% ../nbs/01_corpus.ipynb #f85a6dd8
 def read_source(
     source: str | Path, # see `load_corpus`
     split: str, # of a hub data set
     skipped: Skipped, # receives what is left out
+    streaming: bool = False, # of a hub data set: keep no copy of it
 ) -> Iterator[tuple[str, str, str]]: # id, title, text
     "The documents of any source. Raises FileNotFoundError or ValueError for one that cannot be read at all."
     if source in PYTHON:
@@ -376,9 +464,9 @@ def read_source(
     if path.is_dir():
         for file in folder_files(path, skipped): yield from find_reader(file)(file, file.relative_to(path).as_posix(), skipped)
     elif path.exists():
-        if not find_reader(path): raise ValueError(f"'{path}' is of no type that can be read; {', '.join(READERS)} can.")
+        if not find_reader(path): raise ValueError(f"'{path}' is of no type that can be read; {', '.join(READERS)} can, also with .gz behind.")
         yield from find_reader(path)(path, path.name, skipped)
-    else: yield from read_hub(str(source), split, skipped)
+    else: yield from read_hub(str(source), split, skipped, streaming)
 
 def find_fault(
     id: str, # the document's id
@@ -394,6 +482,18 @@ def find_fault(
     except UnicodeEncodeError: return "documents that are not valid Unicode"
 
 # %% ../nbs/01_corpus.ipynb #db79244a
+def stream_documents(
+    source: str | Path, # see `load_corpus`
+    skipped: Skipped, # receives what is left out
+    split: str = "train", # which split, for a hub data set only
+    streaming: bool = False, # of a hub data set: keep no copy of it
+) -> Iterator[tuple[str, str, str]]: # id, title, text; ids may repeat
+    "The usable documents of any source, one at a time and in a fixed order. Raises FileNotFoundError or ValueError for a source that cannot be read at all."
+    for id, title, text in read_source(source, split, skipped, streaming):
+        fault = find_fault(id, title, text)
+        if fault: skipped.add(fault, id)
+        else: yield id, title, text
+
 def load_corpus(
     source: str | Path, # "python" (or one half, "python:stdlib", "python:packages"), a file or folder, or a hub data set
     split: str = "train", # which split, for a hub data set only
@@ -401,10 +501,9 @@ def load_corpus(
     "Documents from any source; what cannot be used is skipped, counted and logged. Raises FileNotFoundError for a missing source, ValueError for one without a usable document."
     skipped, seen = Skipped(), set()
     columns = {name: [] for name in CORPUS_FEATURES}
-    for id, title, text in read_source(source, split, skipped):
-        fault = "documents with the id of an earlier one" if id in seen else find_fault(id, title, text)
-        if fault:
-            skipped.add(fault, id)
+    for id, title, text in stream_documents(source, skipped, split):
+        if id in seen:
+            skipped.add("documents with the id of an earlier one", id)
             continue
         seen.add(id)
         for name, value in zip(columns, (id, title, text)): columns[name].append(value)

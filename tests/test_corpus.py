@@ -158,8 +158,8 @@ def test_missing_path(source):
 
 
 def test_unknown_single_file_lists_what_can_be_read(tmp_path):
-    write(tmp_path, **{"x.docx": "text"})
-    with pytest.raises(ValueError, match=r"\.parquet"): load_corpus(tmp_path / "x.docx")
+    write(tmp_path, **{"x.odt": "text"})
+    with pytest.raises(ValueError, match=r"\.parquet"): load_corpus(tmp_path / "x.odt")
 
 
 @pytest.mark.parametrize("files, match", [({}, "nothing"), ({"e.txt": ""}, "empty documents"), ({"x.csv": "id,body\n1,b\n"}, "body"), ({"x.bin": "b"}, "another type")])

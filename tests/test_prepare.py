@@ -1,0 +1,268 @@
+"""Large corpora in stages: the same bytes after any kill, every loss counted, every option guarded, groups against brute force."""
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings, strategies as st
+
+import revela_nb.prepare as prepare
+from revela_nb.corpus import chunk_text
+from revela_nb.prepare import (PrepareOptions, VectorIndex, WordIndex, check_folder, clean_text, cluster_groups, first_of_each, greedy_groups, parse_strategy,
+                               prepare_corpus, shingles, stage_bar)
+
+ROOT = Path(__file__).parents[1]
+NO_BAR = stage_bar("", None, "", False)
+
+
+def sentence(n, k): return f"Note {n} says that thing number {k} of {n * k} lies in room {k % 7} of house{n % 5}."
+
+
+@pytest.fixture
+def notes(tmp_path, monkeypatch):
+    (tmp_path / "notes").mkdir()
+    for n in range(30): (tmp_path / "notes" / f"{n:02}.txt").write_text(" ".join(sentence(n, k) for k in range(12 + n)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+OPTIONS = PrepareOptions("notes", max_words=30, group_size=4, run_length=2, shard_groups=20)
+
+
+def content(folder): return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+def rows(folder): return [row for path in sorted(Path(folder).glob("groups-*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_every_chunk_once_and_the_counts_add_up(notes):
+    manifest = prepare_corpus(OPTIONS, "out")
+    counts, groups = manifest["counts"], rows("out")
+    names = [shard["file"] for shard in manifest["shards"]]
+    assert sorted(os.listdir("out")) == sorted(names + ["manifest.json"]) and names[0] == f"groups-00000-of-{len(names):05}.parquet" and len(names) > 2
+    assert json.loads(Path("out/manifest.json").read_text()) == manifest
+    ids = [i for row in groups for i in row["ids"]]
+    text_of = {f"{n:02}.txt#{k}": chunk for n in range(30) for k, chunk in enumerate(chunk_text(Path(f"notes/{n:02}.txt").read_text(), 30))}
+    assert len(set(ids)) == len(ids) == counts["groups"] * 4 and all(text_of[i] == t for row in groups for i, t in zip(row["ids"], row["texts"]))
+    assert counts["documents read"] == 30 and counts["chunks cut"] == len(text_of)
+    assert counts["chunks cut"] - counts["exact copies"] - counts["near copies"] == counts["chunks kept"] == len(ids) + counts["chunks that fill no group"]
+
+
+def test_three_kinds_of_copies(notes):
+    own = prepare_corpus(OPTIONS, "own")["counts"]
+    Path("notes/x.jsonl").write_text(json.dumps({"_id": "00.txt", "text": " ".join(sentence(99, k) for k in range(12))}) + "\n" + json.dumps({"_id": "c", "text": Path("notes/01.txt").read_text().replace(" ", "\n")}) + "\n")
+    long = " ".join(f"word{k}" for k in range(28))
+    Path("notes/y.txt").write_text(long + " one.")
+    Path("notes/z.txt").write_text(long + " two.")
+    counts = prepare_corpus(OPTIONS, "more")["counts"]
+    assert counts["documents with an earlier id"] == 1 and counts["exact copies"] == own["exact copies"] + len(list(chunk_text(Path("notes/01.txt").read_text(), 30)))
+    assert counts["near copies"] == own["near copies"] + 1 and counts["chunks kept"] == own["chunks kept"] + 1
+    assert prepare_corpus(replace(OPTIONS, near=0), "exact only")["counts"]["near copies"] == 0
+
+
+KILLED = """
+import os, signal, sys
+import revela_nb.prepare as prepare
+prepare.CHUNKS_A_SHARD = 40
+save, left = prepare.save_file, int(sys.argv[1])
+def save_and_die(path, write):
+    global left
+    left -= 1
+    if left == 0:                                # in the middle of a file
+        write(path.with_name("." + path.name + ".partial"))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(path, write)
+prepare.save_file = save_and_die
+prepare.prepare_corpus(prepare.PrepareOptions("notes", max_words=30, group_size=4, run_length=2, shard_groups=20, strategy=sys.argv[2]), sys.argv[3])
+"""
+
+
+def run_killed(at, strategy, out):
+    return subprocess.run([sys.executable, "-c", KILLED, str(at), strategy, out], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("strategy, step", [("document", 13), ("document:0.5,bm25:0.5", 17)])
+def test_killed_anywhere_the_result_is_the_same_bytes(notes, strategy, step):
+    whole = run_killed(10**6, strategy, "whole")
+    assert whole.returncode == 0, whole.stderr
+    kills = 0
+    while (done := run_killed(step, strategy, "killed")).returncode:                     # each try dies at its step-th file
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        kills += 1
+        assert kills < 20
+    assert kills >= 2 and content(Path("killed")) == content(Path("whole"))
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 9])
+def test_killed_early(notes, monkeypatch, at):
+    assert run_killed(at, "document", "killed").returncode == -signal.SIGKILL
+    assert prepare_corpus(OPTIONS, "killed") == prepare_corpus(OPTIONS, "whole") and content(Path("killed")) == content(Path("whole"))
+
+
+def test_damaged_intermediate_file_is_made_again(notes, monkeypatch, caplog):
+    prepare_corpus(OPTIONS, "whole")
+    monkeypatch.setattr(prepare, "CHUNKS_A_SHARD", 40)
+    def stop(*args): raise KeyboardInterrupt
+    for name, damaged in [("write_shards", "chunks-00003.arrow"), ("write_shards", "groups.npy"), ("make_manifest", "kept.npy")]:
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, name, stop)
+            with pytest.raises(KeyboardInterrupt): prepare_corpus(OPTIONS, "out")
+        path = Path("out/work") / damaged
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    manifest = prepare_corpus(OPTIONS, "out")
+    assert all(any(name in message for message in caplog.messages) for name in ("chunks-00003", "groups.npy", "kept.npy"))
+    assert content(Path("out")) == content(Path("whole")) and manifest["shards"]
+
+
+def test_finished_folder_is_left_alone_and_a_damaged_one_made_again(notes, caplog):
+    prepare_corpus(OPTIONS, "out")
+    before = content(Path("out"))
+    stamps = {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
+    prepare_corpus(OPTIONS, "out")
+    assert stamps == {path: path.stat().st_mtime_ns for path in Path("out").iterdir()}
+    Path("out/groups-00001-of-00004.parquet").unlink(missing_ok=True)
+    victim = sorted(Path("out").glob("groups-*"))[0]
+    victim.write_bytes(b"?")
+    prepare_corpus(OPTIONS, "out")
+    assert content(Path("out")) == before and victim.name in caplog.text
+
+
+def test_changed_source_is_refused(notes, monkeypatch):
+    monkeypatch.setattr(prepare, "CHUNKS_A_SHARD", 40)
+    assert run_killed(8, "document", "out").returncode == -signal.SIGKILL
+    Path("notes/00.txt").write_text("Something else now.")
+    with pytest.raises(ValueError, match="has changed"): prepare_corpus(OPTIONS, "out")
+
+
+@pytest.mark.parametrize("change", [dict(max_words=20), dict(seed=1), dict(strategy="random"), dict(near=0.0), dict(source="other")])
+def test_other_options_are_refused_by_name(notes, change):
+    prepare_corpus(OPTIONS, "out")
+    with pytest.raises(ValueError, match=f"{list(change)[0]} is "): prepare_corpus(replace(OPTIONS, **change), "out")
+
+
+def test_somebody_elses_folder_and_mistyped_sources(notes):
+    Path("thesis").mkdir()
+    Path("thesis/chapter1.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="thesis"): prepare_corpus(OPTIONS, "thesis")
+    for source, error in [("nowhere/", FileNotFoundError), ("", ValueError)]:
+        with pytest.raises(error): prepare_corpus(replace(OPTIONS, source=source), "new/out")
+        assert not Path("new/out").exists()
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match="no usable text"): prepare_corpus(replace(OPTIONS, source="empty"), "nothing")
+    with pytest.raises(ValueError, match="do not fill one group of 4000"): prepare_corpus(replace(OPTIONS, group_size=4000), "few")
+    assert check_folder(Path("few"), replace(OPTIONS, group_size=4000)) == "begun"
+
+
+@pytest.mark.parametrize("change, message", [(dict(max_words=0), "max_words"), (dict(group_size=1), "group_size"), (dict(run_length=3), "3 does not divide 4"), (dict(near=1.5), "near"),
+                                             (dict(strategy="best"), "there are document, bm25"), (dict(strategy="document:x"), "number"), (dict(strategy="document:0"), "above 0"), (dict(strategy="cluster"), "--retriever")])
+def test_bad_options(notes, change, message):
+    with pytest.raises(ValueError, match=message): prepare_corpus(replace(OPTIONS, **change), "out")
+    assert not Path("out").exists()
+
+
+def test_seed_and_mixture(notes):
+    first, other = (prepare_corpus(replace(OPTIONS, seed=seed), f"out{seed}") for seed in (0, 1))
+    assert rows("out0") != rows("out1")
+    mixed = prepare_corpus(replace(OPTIONS, strategy="document:1,random:1"), "mixed")["counts"]
+    by = mixed["groups by strategy"]
+    assert set(by) == {"document", "random"} and sum(by.values()) == mixed["groups"] and min(by.values()) > mixed["groups"] / 4
+    assert len({i for row in rows("mixed") for i in row["ids"]}) == mixed["groups"] * 4
+
+
+# parts
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet=st.sampled_from("ab \n\t\r\x0c\x00\u00ad\u200b\u00a0e\u0301é\u2028"), max_size=80))
+def test_cleaning_twice_is_cleaning_once_and_words_stay(text):
+    clean = clean_text(text)
+    assert clean_text(clean) == clean and "\n\n\n" not in clean and "\x00" not in clean and "\u00ad" not in clean
+    letters = lambda text: [c for c in unicodedata.normalize("NFD", text) if c in "abe"]
+    assert letters(clean) == letters(text)
+
+
+def test_first_of_each_and_shingles():
+    assert first_of_each(np.array([3, 1, 3, 2, 1])).tolist() == [True, True, False, True, False]
+    assert shingles("A b c d e f") == ["a b c d e", "b c d e f"] and shingles("") == [""]
+
+
+def test_near_copies_against_all_pairs(notes):
+    rng, vocabulary = np.random.default_rng(0), [f"w{i}" for i in range(300)]
+    texts = []
+    for n in range(60):
+        words = list(rng.choice(vocabulary, 60))
+        texts.append(" ".join(words))
+        if n % 2: texts.append(" ".join(words[:-1] + ["other"]) if n % 4 == 1 else " ".join(list(rng.choice(vocabulary, 30)) + words[30:]))    # 0.96 alike, or 0.32
+    Path("rows.jsonl").write_text("".join(json.dumps({"_id": str(i), "text": text}) + "\n" for i, text in enumerate(texts)))
+    prepare_corpus(PrepareOptions("rows.jsonl", group_size=2, run_length=1, near=0.8), "out")
+    kept = {int(i.split("#")[0]) for row in rows("out") for i in row["ids"]}
+    sets = [set(shingles(text)) for text in texts]
+    copies = {j for j in range(len(texts)) for i in range(j) if len(sets[i] & sets[j]) / len(sets[i] | sets[j]) > 0.8}
+    assert len(copies) == 15 and not kept & copies and len(set(range(len(texts))) - kept - copies) <= 1    # one may fill no group
+
+
+def test_rare_words_find_what_full_bm25_finds():
+    texts = [f"topic{t} alpha{t} beta{t} gamma{t} the same common words here number{i}" for t in range(20) for i in range(8)]
+    index = WordIndex([texts[:50], texts[50:]])
+    for seed in (0, 77, 159):
+        found = index.nearest(np.array([seed]), np.ones(160, bool), 7)[0]
+        assert set(found) == set(range(seed // 8 * 8, seed // 8 * 8 + 8)) - {seed}
+    groups = greedy_groups(index.nearest, 160, 8, np.random.default_rng(0), NO_BAR)
+    assert sorted(groups.ravel()) == list(range(160)) and all(len({i // 8 for i in group}) == 1 for group in groups)
+
+
+def test_no_words():
+    with pytest.raises(ValueError, match="'document' or 'random'"): WordIndex([["( )", "..."], ["{}"]])
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(2, 120), size=st.integers(2, 9), seed=st.integers(0, 9), at_once=st.sampled_from([1, 7, 256]))
+def test_greedy_groups_use_every_chunk_once(n, size, seed, at_once):
+    rng = np.random.default_rng(seed)
+    near = [rng.permutation(n)[:rng.integers(0, n + 1)] for _ in range(n)]
+    nearest = lambda seeds, free, k: [row[free[row] & (row != s)][:k] for s, row in ((s, near[s]) for s in seeds)]
+    groups = greedy_groups(nearest, n, size, rng, NO_BAR, at_once)
+    assert groups.shape == (n // size, size) and len(set(groups.ravel())) == groups.size
+
+
+def test_vector_index_is_exact_when_small_and_good_when_large():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(22_000, 16)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    free = rng.random(22_000) < .5
+    small, large = VectorIndex(vectors[:2000]), VectorIndex(vectors)
+    for index, n, share in ((small, 2000, 1.), (large, 22_000, .4)):
+        seeds = np.flatnonzero(free[:n])[:20]
+        hits = []
+        for seed, found in zip(seeds, index.nearest(seeds, free[:n], 10)):
+            scores = np.where(free[:n], vectors[:n] @ vectors[seed], -2)
+            scores[seed] = -2
+            assert free[found].all() and seed not in found
+            hits.append(len(set(found) & set(np.argsort(-scores)[:10])) / 10)
+        assert np.mean(hits) >= share
+
+
+def test_clusters_are_balanced_and_seeded():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(330, 8)).astype(np.float32)
+    one, two = (cluster_groups(vectors, 16, np.random.default_rng(3)) for _ in range(2))
+    assert one.shape == (20, 16) and len(set(one.ravel())) == 320 and (one == two).all()
+
+
+def test_memory_does_not_follow_the_texts(tmp_path):
+    "Four times the text, at the same number of bytes a chunk, must cost little more memory."
+    code = ("import resource, sys, revela_nb.prepare as p; p.CHUNKS_A_SHARD = 2000\n"
+            "p.prepare_corpus(p.PrepareOptions(sys.argv[1], max_words=100, near=0, shard_groups=50), sys.argv[2]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    rng, peaks = np.random.default_rng(0), []
+    for n in (40, 400):
+        with gzip.open(tmp_path / f"{n}.jsonl.gz", "wt", compresslevel=1) as file:
+            for i in range(n): file.write(json.dumps({"_id": str(i), "text": " ".join(f"word{w} is here." for w in rng.integers(0, 10**6, 4000))}) + "\n")
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / f"{n}.jsonl.gz"), str(tmp_path / f"out{n}")], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout) / 1024)
+    assert peaks[1] - peaks[0] < 60, peaks                                                # MiB; the text itself grows by 25 MB, and by 3 times that as Python strings
