@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from . import patching
 from .attention import cross_chunk_attention, cross_chunk_einsum, in_batch_weights, select_pairs
-from .patching import double, in_batch_forward
+from .patching import double, in_batch_forward, trained_loss
 
 # %% ../nbs/14_bench.ipynb #c8892a76
 log = logging.getLogger("revela_nb.bench")
@@ -84,7 +84,7 @@ def authors_attention(
     return cross_chunk_einsum(query, key, value, weights, key_mask, scaling, value_norm)
 
 # %% ../nbs/14_bench.ipynb #d1a605be
-METHODS = ("plain", "einsum", "fused", "pairs")
+METHODS = ("plain", "matched", "einsum", "fused", "pairs")
 
 @dataclass
 class BenchCase:
@@ -111,6 +111,12 @@ def training_step(
     if case.method == "plain":
         rows = double(ids, mask)
         return lambda: lm(**rows, labels=rows["input_ids"], use_cache=False).loss.backward()
+    if case.method == "matched":
+        rows = double(ids, mask)
+        def plain_step(): # all tokens but the last predict the next
+            hidden = lm.model(**rows, use_cache=False).last_hidden_state[:, :-1]
+            trained_loss(hidden.flatten(0, 1), lm.get_output_embeddings().weight, rows["input_ids"][:, 1:].flatten()).backward()
+        return plain_step
     weights = bench_weights(case.chunks, min(case.group_size, case.chunks), case.temperature, 2 if case.method == "pairs" else None).to(device).detach().requires_grad_()
     def step():
         with attention_by(authors_attention if case.method == "einsum" else cross_chunk_attention): in_batch_forward(lm, ids, mask, weights).loss.backward()
@@ -228,7 +234,7 @@ def utilisation(
     "Model-FLOP utilisation."
     peak = next((p for name, p in PEAKS.items() if name in result["device"]), None)
     case = BenchCase(**{k: result[k] for k in BenchCase.__dataclass_fields__})
-    pairs = 0 if case.method == "plain" else int(select_pairs(bench_weights(case.chunks, min(case.group_size, case.chunks), case.temperature, 2 if case.method == "pairs" else None)).sum())
+    pairs = 0 if case.method in ("plain", "matched") else int(select_pairs(bench_weights(case.chunks, min(case.group_size, case.chunks), case.temperature, 2 if case.method == "pairs" else None)).sum())
     return step_flops(case, pairs) / result["seconds"] / peak if peak else None
 
 # %% ../nbs/14_bench.ipynb #09362f5b
@@ -244,7 +250,7 @@ def run_bench(
 )->dict: # "rows": one dict a case, with time_ratio and memory_ratio; "layer": seconds of `time_layer`
     "Every method at every size, each in a fresh process. Raises ValueError for a shape that is not there."
     if shape not in SHAPES: raise ValueError(f"there is no shape '{shape}'; there are {', '.join(SHAPES)}")
-    ways = [("plain", 1.0), ("einsum", 1.0), *(("fused", t) for t in temperatures), ("pairs", 1.0)]
+    ways = [("plain", 1.0), ("matched", 1.0), ("einsum", 1.0), *(("fused", t) for t in temperatures), ("pairs", 1.0)]
     sizes, rows = [(n, l) for n in chunks for l in lengths], []
     bar = tqdm(total=len(sizes) * len(ways), unit="case", disable=None)
     for n, l in sizes:

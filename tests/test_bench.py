@@ -6,7 +6,7 @@ import torch
 
 from revela_nb import patching
 from revela_nb.attention import cross_chunk_attention, select_pairs
-from revela_nb.bench import (BenchCase, attention_by, authors_attention, bench_weights, einsum_bytes, loop_attention, measure_case,
+from revela_nb.bench import (METHODS, BenchCase, attention_by, authors_attention, bench_weights, einsum_bytes, loop_attention, measure_case,
                              random_lm, run_bench, run_case, step_flops)
 from revela_nb.cli import main
 from revela_nb.patching import in_batch_forward
@@ -53,7 +53,7 @@ def test_operations_grow_as_they_must():
 
 
 def test_measures_checkpointing_and_every_method():
-    for method in ("plain", "einsum", "fused", "pairs"):
+    for method in METHODS:
         result = measure_case(BenchCase(method, checkpointing=method == "fused", **TINY))
         assert result["seconds"] > 0 and result["peak"] >= 0 and result["method"] == method
 
@@ -70,7 +70,7 @@ def test_command(tmp_path, capsys):
     words = ["bench", "--layers", "1", "--chunks", "2", "4", "--lengths", "8", "--group_size", "2", "--repeats", "1", "--out", str(tmp_path / "b")]
     assert main(words) == 0
     report = json.loads((tmp_path / "b" / "bench.json").read_text())
-    assert len(report["rows"]) == 8 and (tmp_path / "b" / "bench.png").stat().st_size > 5000
+    assert len(report["rows"]) == 10 and (tmp_path / "b" / "bench.png").stat().st_size > 5000
     assert all(r["time_ratio"] > 0 for r in report["rows"]) and {r["time_ratio"] for r in report["rows"] if r["method"] == "plain"} == {1.0}
     assert "fused" in capsys.readouterr().out
     assert main(["bench", "--shape", "gpt"]) == 2
