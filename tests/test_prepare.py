@@ -266,3 +266,28 @@ def test_memory_does_not_follow_the_texts(tmp_path):
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout) / 1024)
     assert peaks[1] - peaks[0] < 60, peaks                                                # MiB; the text itself grows by 25 MB, and by 3 times that as Python strings
+
+
+def test_command_line_and_back(notes, capsys):
+    from revela_nb.cli import main, read_groups
+    words = ["prepare", "notes", "--out", "groups", "--max-words", "30", "--group-size", "4", "--run-length", "2"]
+    assert main(words) == 0 and "groups of 4 chunks in groups" in capsys.readouterr().out
+    assert read_groups("groups")["ids"][:] == [row["ids"] for row in rows("groups")]
+    assert main([*words, "--near", "0"]) == 2 and "near is 0.8 there and 0.0 now" in capsys.readouterr().err
+    victim = next(Path("groups").glob("groups-*"))
+    victim.write_bytes(b"?")
+    with pytest.raises(ValueError, match=victim.name): read_groups("groups")
+    with pytest.raises(FileNotFoundError, match="not finished"): read_groups("notes")
+
+
+@pytest.mark.parametrize("name", ["trumancai/revela_training_corpus", "trumancai/revela_code_training_corpus"])
+def test_published_groups_of_both_line_formats(tmp_path, monkeypatch, name):
+    "The real loading code on files of the published shapes; only the address is changed."
+    import datasets
+    import revela_nb.corpus as corpus
+    from revela_nb.cli import read_groups
+    (tmp_path / "train.jsonl").write_text(json.dumps(["one\u2028line", "two"], ensure_ascii=False) + "\n" + json.dumps({"src": "so", "text": ["three", "four"]}) + "\n")
+    monkeypatch.setitem(corpus.HUB_LINES, name, str(tmp_path / "*.json*"))
+    monkeypatch.setattr(corpus, "load_dataset", lambda *a, **k: datasets.load_dataset(*a, cache_dir=str(tmp_path / "cache"), **k))
+    assert read_groups(name)["texts"][:] == [["one\u2028line", "two"], ["three", "four"]]
+    assert [list(corpus.hub_rows(name, "train", streaming)) for streaming in (False, True)] == [[["one\u2028line", "two"], {"src": "so", "text": ["three", "four"]}]] * 2
