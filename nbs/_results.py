@@ -1,4 +1,4 @@
-"""Train and measure every method on the same groups, for 21_results.  usage: python nbs/_results.py [--steps 40] [--seeds 0 1 2] [--methods ...] [--data ../shared/data]
+"""Train and measure every method on the same groups, for 21_results.  usage: python nbs/_results.py [--steps 150] [--seeds 0 1 2] [--methods ...] [--data ../shared/data]
 
 Each finished (method, seed) goes into nbs/results/results.json at once; a second call does only what is missing. Records of other settings are refused."""
 import argparse
@@ -84,7 +84,7 @@ def store(records):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40, help="training steps of one group")
+    parser.add_argument("--steps", type=int, default=150, help="training steps of one group")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=[*REFERENCES, *METHODS], choices=[*REFERENCES, *METHODS])
     parser.add_argument("--data", default=NBS.parent.parent / "shared" / "data", help="holds cosqa, scifact, squad in BEIR's layout")
