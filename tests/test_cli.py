@@ -282,6 +282,72 @@ def test_evaluate_refuses(beir, capsys, models):
     refused(capsys, ["search", str(models / "llama"), "--corpus", "beir", " "], "query")
 
 
+def test_evaluate_hybrid_and_comparison(beir, models, capsys):
+    model = str(models / "llama")
+    assert main(["evaluate", "bm25", "--data", "beir", "--run-file", "bm25.trec"]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", model, "--data", "beir", "--hybrid", "--compare", "bm25.trec", "--json", "f.json", "--run-file", "model.trec"]) == 0
+    out, record = capsys.readouterr().out, json.loads(Path("f.json").read_text())
+    assert list(record["rows"]) == ["model", "BM25", "hybrid, ranks", "hybrid, scores"] and all(name in out for name in list(record["rows"]))
+    values = [ndcg(f"{name}.trec", "beir/qrels/test.tsv") for name in ("model", "bm25")]
+    assert [record["rows"][r]["ndcg@10"] for r in ("model", "BM25")] == pytest.approx(values, abs=1e-9)
+    found = record["comparison"]
+    assert found["difference"] == pytest.approx(values[0] - values[1], abs=1e-9) and found["other_mean"] == pytest.approx(values[1], abs=1e-9)
+    assert f"nDCG@10 {found['difference']:+.4f} against bm25.trec" in out and f"p = {found['p_value']:.4f}" in out
+    assert sum(found["better_equal_worse"]) == 2 and all(row["text"] in out for row in found["gained"] + found["lost"])
+
+
+def test_evaluate_tasks_skip_what_is_finished(beir, models, capsys):
+    for name in ("pets", "lists"): shutil.copytree("beir", f"suite/{name}")
+    shutil.copytree(models / "llama", "model")
+    words = ["evaluate", "model", "--data", "suite", "--tasks", "pets,lists", "--out", "figures", "--compare", "bm25"]
+    assert main(words) == 0
+    first, _ = capsys.readouterr()
+    assert tree("figures") == ["lists.json", "pets.json"] and "mean" in first and "lists: nDCG@10" in first
+    stamps = [p.stat().st_mtime_ns for p in sorted(Path("figures").iterdir())]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out == first and err.count("finished before") == 2 and stamps == [p.stat().st_mtime_ns for p in sorted(Path("figures").iterdir())]
+    Path("figures/pets.json").write_text('{"key"')                       # cut off
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert out == first and "broken" in err and err.count("finished before") == 1
+    os.utime("model/model.safetensors", (1, 1))                          # trained on
+    assert main(words) == 0 and capsys.readouterr().err.count("measured again") == 2
+    assert main([*words, "--k", "3"]) == 0 and capsys.readouterr().err.count("measured again") == 2
+    with open("suite/pets/queries.jsonl", "a") as file: file.write('{"_id": "q9", "text": "new"}\n')
+    assert main([*words, "--k", "3"]) == 0 and capsys.readouterr().err.count("measured again") == 1
+
+
+def test_evaluate_task_from_the_hub(beir, monkeypatch, capsys):
+    from datasets import Dataset
+    import revela_nb.compare as compare
+    tables = {("xlangai/BRIGHT", "documents"): [{"id": "a", "content": "moths fly to light"}, {"id": "b", "content": "light draws moths"}],
+              ("xlangai/BRIGHT", "examples"): [{"query": "moths fly to light", "id": "0", "excluded_ids": ["a"], "gold_ids": ["b"]}]}
+    monkeypatch.setattr(compare, "load_dataset", lambda repository, config, split: Dataset.from_list(tables[repository, config]))
+    assert main(["evaluate", "bm25", "--tasks", "bright/biology"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["bright/biology", "bm25", "1.0000", "1.0000", "1.0000"]
+
+
+def test_evaluate_refuses_comparisons_and_suites(beir, capsys):
+    Path("foreign.trec").write_text("q0 Q0 stranger 1 1.0 x\n")
+    Path("query.trec").write_text("q77 Q0 d0 1 1.0 x\n")
+    Path("broken.trec").write_text("q0 d0 1.0\n")
+    base = ["evaluate", "bm25", "--data", "beir"]
+    refused(capsys, [*base, "--compare", "foreign.trec"], "foreign.trec", "stranger")
+    refused(capsys, [*base, "--compare", "query.trec"], "query.trec", "q77")
+    refused(capsys, [*base, "--compare", "broken.trec"], "broken.trec", "line 1")
+    refused(capsys, [*base, "--compare", "no-such-model"], "no-such-model")
+    refused(capsys, [*base, "--hybrid"], "--hybrid")
+    refused(capsys, [*base, "--out", "x"], "--tasks")
+    refused(capsys, ["evaluate", "bm25"], "--data")
+    refused(capsys, ["evaluate", "bm25", "--tasks", ","], "names no task")
+    refused(capsys, ["evaluate", "bm25", "--tasks", "a,a"], "twice")
+    refused(capsys, ["evaluate", "bm25", "--tasks", "a", "--json", "x"], "--out")
+    refused(capsys, ["evaluate", "bm25", "--tasks", "a,b", "--compare", "foreign.trec"], "one data set")
+    refused(capsys, ["evaluate", "bm25", "--data", "beir", "--tasks", "trec/robust"], "beir, coir and bright")
+
+
 @pytest.mark.skipif(not SCIFACT.exists(), reason="../shared is not here")
 def test_scifact(capsys):
     assert main(["evaluate", "bm25", "--data", str(SCIFACT)]) == 0
