@@ -142,7 +142,7 @@ def module_page(path, blob, chapters):
 
 
 def write_pages(package, folder, blob, chapters):
-    "Write a page for every module and an index; returns exported names by module."
+    "Write a page for every module and an overview; returns exported names by module."
     folder.mkdir(parents=True, exist_ok=True)
     names, first = {}, []
     for path in sorted(Path(package).glob("*.py")):
@@ -152,6 +152,6 @@ def write_pages(package, folder, blob, chapters):
         first.append((path.stem, escape((ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").split("\n")[0])))
     rows = "\n".join(f"| [revela_nb.{m}]({m}.md) | {text} | {len(names[m])} |" for m, text in first)
     toc = "\n".join(m for m, _ in first)
-    (folder / "index.md").write_text(f"# API\n\nEvery exported name, from the comments beside its parameters in the source.\n\n"
+    (folder / "overview.md").write_text(f"# API\n\nEvery exported name, from the comments beside its parameters in the source.\n\n"
         f"| module | what it is for | names |\n|---|---|---|\n{rows}\n\n```{{toctree}}\n:hidden:\n\n{toc}\n```\n", encoding="utf-8")
     return names

@@ -105,7 +105,7 @@ def select_pairs(
     "The pairs worth computing; the error is at most the sum of the weights left out times the longest c (METHOD fact 3). Raises ValueError."
     if min_weight is None: min_weight = torch.finfo(weights.dtype).eps / len(weights)
     if not 0 <= min_weight < 1: raise ValueError(f"min_weight must be in [0, 1), got {min_weight}")
-    return weights.detach().abs() > min_weight
+    return ~(weights.detach().abs() <= min_weight)                                     # NaN is kept, so that it shows in the loss
 
 # %% ../nbs/04_attention.ipynb #a6fdb666
 PAIRS = 256 # pairs in one call of the kernel

@@ -84,3 +84,13 @@ def test_paper_temperature_does_not_overflow():
     w = in_batch_weights(torch.rand(16, 16, dtype=torch.bfloat16), 1e-4)
     assert w.dtype == torch.float32 and w.isfinite().all()
     torch.testing.assert_close(w.sum(1), torch.ones(16))
+
+
+def test_a_weight_that_is_nan_shows():
+    "Dropped as a pair that does not matter, it would leave a finite loss behind."
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 2, 4, 8) for _ in range(3))
+    w = torch.full((3, 3), 0.5).fill_diagonal_(0)
+    w[0, 1] = float("nan")
+    out = cross_chunk_attention(q, k, v, w, torch.ones(3, 4, dtype=torch.bool))
+    assert out[0].isnan().any() and out[1:].isfinite().all()
