@@ -200,6 +200,7 @@ def cross_chunk_attention(
     min_weight:float|None=None, # leave out pairs with this weight or less; None: exact to rounding
 )->Tensor: # (N, H, L, D) sum over j of w_ij c_ijt
     "Cross-chunk attention over the pairs that matter; equal to `cross_chunk_einsum` (Revela section 3.2; METHOD facts 2 and 3). Raises ValueError."
+    value = value.to(query.dtype)                                                      # autocast leaves it in bf16 while RoPE has made query and key float32
     scale = value_scale(value, key_mask, value_norm)
     weights = weights * key_mask.any(-1)                                               # an all-padding chunk has nothing to say
     keep, weights = select_pairs(weights, min_weight), weights.to(query.dtype)

@@ -141,3 +141,13 @@ def test_refusals_say_why():
     lm = MODELS["llama"]()
     with pytest.raises(ValueError, match="weights must be"): in_batch_forward(lm, ids, mask, weights(4))
     with pytest.raises(ValueError, match="attention_mask has shape"): in_batch_forward(lm, ids, mask[:, :3], weights())
+
+
+def test_trains_under_bf16_autocast(lm):
+    "Autocast hands over bf16 values beside float32 queries; loss and gradients stay within bf16's rounding of float32's."
+    ids, mask = pad(rows([6, 3, 5]), 6)
+    loss, grad = gradients(lm, ids, mask, weights())
+    with torch.autocast("cpu", torch.bfloat16): loss2, grad2 = gradients(lm, ids, mask, weights())
+    assert abs(loss2 - loss) < 0.02
+    assert torch.nn.functional.cosine_similarity(grad2, grad, dim=0) > 0.999
+    assert 0.98 < grad2.norm() / grad.norm() < 1.02
