@@ -152,6 +152,7 @@ def attend_block(
 class ReadByMatmul(torch.autograd.Function):
     "Cross-chunk reading by matrix products, a block of pairs at a time; saves only its inputs and computes attention again in backward."
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def forward(ctx,
         query:Tensor, # (N, Hkv, Q, D+1) folded queries
         key:Tensor, # (Hkv, N, L, D+1) keys with bias
@@ -162,14 +163,14 @@ class ReadByMatmul(torch.autograd.Function):
         "Sum over j of w_ij P_ij U_j."
         ctx.save_for_backward(query, key, value, weights, keep)
         out = query.new_zeros(*query.shape[:-1], value.shape[-1])
-        with torch.autocast("cpu", enabled=False):
-            for i, j in list_blocks(keep, query[0, ..., 0].numel() * key.shape[2]):
-                p, wu = attend_block(query[i], key[:, j]), value[:, j] * weights[i, j, None, None]
-                out[i].baddbmm_(p.flatten(2), wu.flatten(1, 2))
+        for i, j in list_blocks(keep, query[0, ..., 0].numel() * key.shape[2]):
+            p, wu = attend_block(query[i], key[:, j]), value[:, j] * weights[i, j, None, None]
+            out[i].baddbmm_(p.flatten(2), wu.flatten(1, 2))
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx,
         grad:Tensor, # (N, Hkv, Q, D) gradient of the output
     )->tuple: # gradients of query, key, value, weights; None for keep
