@@ -114,7 +114,7 @@ def reading_order(titles):
     for part, numbers in PARTS.items():
         lines = []
         for stem, title in titles.items():
-            if not stem[0].isdigit() or int(stem.split("_")[0]) not in numbers: continue
+            if not stem[0].isdigit() or int(stem[:2]) not in numbers: continue
             lines.append(f"{stem.split('_')[0]} {title} <{stem}>")
             if stem.endswith("_attention"): lines.append("temperature")
         if lines: toc(part, lines)
