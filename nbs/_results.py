@@ -1,6 +1,8 @@
-"""Train and measure every method on the same groups, for 21_results.  usage: python nbs/_results.py [--steps 150] [--seeds 0 1 2] [--methods ...] [--data ../shared/data]
+"""Train and measure every method on the same groups, for 21_results; or Revela with one thing changed at a time, for the ablations there and 22_strategies.
 
-Each finished (method, seed) goes into nbs/results/results.json at once; a second call does only what is missing. Records of other settings are refused."""
+usage: python nbs/_results.py [--ablations] [--bf16] [--steps 150] [--seeds 0 1 2] [--methods ...] [--data ../shared/data]
+
+Each finished (method, seed) goes into nbs/results/results.json (ablations.json) at once; a second call does only what is missing. Records of other settings are refused."""
 import argparse
 import functools
 import json
@@ -15,19 +17,27 @@ import torch
 from transformers import set_seed
 
 from revela_nb.baselines import Contrastive, Replug, SimCSE, counting_reads
-from revela_nb.corpus import load_corpus
-from revela_nb.demo import MAX_LENGTH, backbone_folder, demo_groups, demo_model, docstring_task, train_demo, versions
+from revela_nb.batching import make_groups
+from revela_nb.corpus import chunk_corpus, load_corpus
+from revela_nb.demo import CHUNK_WORDS, MAX_LENGTH, TRAIN_LENGTH, backbone_folder, demo_model, docstring_task, function_documents, sample_documents, train_demo, versions
 from revela_nb.evaluation import bm25_run, dense_run, load_beir, score_queries
 from revela_nb.model import Revela
 from revela_nb.retriever import Retriever
 
 log = logging.getLogger("results")
 NBS = Path(__file__).resolve().parent
-RESULTS = NBS / "results" / "results.json"
 # method -> class and temperature: Revela's is the demo's, each baseline has its paper's
 METHODS = {"revela": (Revela, 0.02), "replug": (Replug, 0.1), "contrastive": (Contrastive, 0.05), "simcse": (SimCSE, 0.05)}
+# Revela with one thing changed; every arm reads as many tokens in all. The settings are the demo's where an arm says nothing
+ABLATIONS = {
+    "v-norm unit": dict(value_norm="unit"), "v-norm none": dict(value_norm="none"), "temperature 0.1": dict(temperature=0.1), "temperature 0.001": dict(temperature=0.001),
+    "frozen LM": dict(freeze_lm=True), "strategy random": dict(strategy="random"), "strategy bm25": dict(strategy="bm25"), "strategy document": dict(run_length=16),
+    "groups of 4": dict(group_size=4, groups_a_step=4), "chunks of 40 words": dict(max_words=40, max_length=112, fewer_steps=2), "temperature 1": dict(temperature=1.0),
+    "groups of 32": dict(group_size=32, fewer_steps=2), "chunks of 10 words": dict(max_words=10, max_length=28, groups_a_step=2),
+}
+POOL = 20_000 # chunks from which the groups of one seed are made
 REFERENCES = ("untrained", "untrained_eos", "bm25") # nothing to train, so one seed
-DOCUMENTS, QUERIES = 500, 200 # at most, of every task
+DOCUMENTS, QUERIES = 1000, 300 # at most, of every task
 
 
 def sample_task(corpus, queries, qrels, seed=0):
@@ -62,54 +72,73 @@ def measure(run_of, found, sizes):
     return out
 
 
-def train(method, seed, steps, groups):
+def groups_of(documents, seed, max_words=CHUNK_WORDS, strategy="document", group_size=16, run_length=2):
+    "The demo's groups, or others of the same documents."
+    chunks = chunk_corpus(documents, max_words=max_words)
+    chunks = chunks.select(range(min(POOL * CHUNK_WORDS // max_words, len(chunks))))
+    return make_groups(chunks, group_size=group_size, strategy=strategy, seed=seed, run_length=run_length)
+
+
+def train(kind, documents, seed, steps, bf16, temperature=0.02, value_norm="rescaled", freeze_lm=False, max_length=TRAIN_LENGTH, groups_a_step=1, fewer_steps=1, **grouping):
     "A trained retriever, and what its training read and took."
+    groups = groups_of(documents, seed, **grouping)
     set_seed(seed)
-    kind, temperature = METHODS[method]
     model = demo_model(backbone_folder(), kind)
-    model.temperature = temperature
+    model.temperature, model.value_norm = temperature, value_norm
+    if freeze_lm: model.lm.requires_grad_(False)
     start = time.time()
     with tempfile.TemporaryDirectory() as folder, counting_reads(model.lm) as lm, counting_reads(model.retriever.encoder) as embedded:
-        history = train_demo(model, groups, steps, seed, folder)
+        history = train_demo(model, groups, steps // fewer_steps, seed, folder, max_length, bf16=bf16, per_device_train_batch_size=groups_a_step)
     return model.retriever, {"train_seconds": round(time.time() - start, 1), "lm_rows": lm["rows"], "lm_tokens": lm["tokens"], "retriever_rows": embedded["rows"],
                              "retriever_tokens": embedded["tokens"], "temperature": temperature, "log": [{k: r[k] for k in ("step", "loss", "gain")} for r in history]}
 
 
-def store(records):
+def store(records, out):
     "Write all records in one step."
-    partial = RESULTS.with_name(".results.partial")
+    partial = out.with_name(f".{out.name}.partial")
     partial.write_text(json.dumps(records, indent=None, separators=(",", ":")).replace('{"method"', '\n{"method"') + "\n", encoding="utf-8")
-    os.replace(partial, RESULTS)
+    os.replace(partial, out)
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150, help="training steps of one group")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=[*REFERENCES, *METHODS], choices=[*REFERENCES, *METHODS])
+    parser.add_argument("--ablations", action="store_true", help="train Revela with one thing changed, instead of the rivals")
+    parser.add_argument("--methods", nargs="+", help="only these: " + ", ".join([*REFERENCES, *METHODS]) + "; with --ablations: " + ", ".join(ABLATIONS))
+    parser.add_argument("--bf16", action="store_true", help="train and encode in bf16 (fast on processors with AMX and on GPUs, very slow on others)")
     parser.add_argument("--data", default=NBS.parent.parent / "shared" / "data", help="holds cosqa, scifact, squad in BEIR's layout")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="for rehearsals")
+    parser.add_argument("--out", type=Path, help="for rehearsals; by default nbs/results/results.json or ablations.json")
     args = parser.parse_args()
+    known = [*ABLATIONS] if args.ablations else [*REFERENCES, *METHODS]
+    args.methods, args.out = args.methods or known, args.out or NBS / "results" / ("ablations.json" if args.ablations else "results.json")
+    if unknown := set(args.methods) - set(known): parser.error(f"no method {sorted(unknown)[0]!r}: there are {', '.join(known)}")
+    return args
+
+
+def main():
+    args = parse()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    globals()["RESULTS"] = args.out
     records = json.loads(args.out.read_text(encoding="utf-8")) if args.out.exists() else []
-    other = [r for r in records if r["method"] in METHODS and r["steps"] != args.steps]
-    if other: raise SystemExit(f"{args.out} holds runs of {other[0]['steps']} steps, not {args.steps}: all methods need the same; move it away or take --steps {other[0]['steps']}")
+    wanted = {"precision": "bf16" if args.bf16 else "float32", "documents": DOCUMENTS, "queries": QUERIES}
+    for r in records:
+        if {k: r.get(k) for k in wanted} != wanted or r["steps"] not in (0, args.steps): raise SystemExit(f"{args.out} holds runs of other settings ({r['method']}: {r['steps']} steps, {[r.get(k) for k in wanted]}): move it away")
     done = {(r["method"], r["seed"]) for r in records}
     found, sizes = tasks(args.data)
-    groups_of = functools.cache(lambda seed: demo_groups(found["docstring"][1], seed)) # the same groups for every method
+    documents_of = functools.cache(lambda seed: function_documents(sample_documents(load_corpus("python:packages"), found["docstring"][1], seed=seed))) # the same for every method
     # seed by seed, so that an interrupted run has all methods of the first seeds
     for seed, method in [(s, m) for s in args.seeds for m in args.methods]:
         if (method, seed) in done or (method in REFERENCES and seed != args.seeds[0]): continue
         log.info("%s, seed %d", method, seed)
-        facts = {"method": method, "seed": seed, "steps": 0 if method in REFERENCES else args.steps, "threads": torch.get_num_threads()}
+        facts = {"method": method, "seed": seed, "steps": 0 if method in REFERENCES else args.steps, "threads": torch.get_num_threads()} | wanted
         if method == "bm25": run_of = bm25_run
         else:
-            if method in METHODS: retriever, cost = train(method, seed, args.steps, groups_of(seed)); facts |= cost
+            kind, changes = (Revela, ABLATIONS[method]) if method in ABLATIONS else (METHODS[method][0], {"temperature": METHODS[method][1]}) if method in METHODS else (None, {})
+            if kind: retriever, cost = train(kind, documents_of(seed), seed, args.steps, args.bf16, **changes); facts |= cost
             else: retriever = Retriever.from_pretrained(backbone_folder(), pooling="eos" if method.endswith("eos") else "mean", max_length=MAX_LENGTH)
             run_of = functools.partial(dense_run, retriever)
-        records.append(facts | {"tasks": measure(run_of, found, sizes), "versions": versions()})
-        store(records)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16): records.append(facts | {"tasks": measure(run_of, found, sizes), "versions": versions()})
+        store(records, args.out)
 
 
 if __name__ == "__main__": main()

@@ -164,13 +164,16 @@ def train_demo(
     steps:int, # optimiser steps, one group each
     seed:int, # order of groups
     folder:str|Path, # for the trainer's files
+    max_length:int=TRAIN_LENGTH, # tokens of a chunk
+    **changes, # to the trainer's arguments, for ablations
 )->list[dict]: # the trainer's log: one record every 5 steps
     "Train with the demo's settings."
     lora = hasattr(model.lm, "peft_config")
-    args = RevelaArguments(output_dir=str(folder), max_steps=steps, seed=seed, learning_rate=1e-3 if lora else 3e-4,
+    settings = dict(output_dir=str(folder), max_steps=steps, seed=seed, learning_rate=1e-3 if lora else 3e-4,
         retriever_learning_rate=1e-3 if lora else 6e-4, warmup_steps=min(10, steps), lr_scheduler_type="linear", adam_beta2=0.98, weight_decay=0.01,
         per_device_train_batch_size=1, logging_steps=5, save_strategy="no", report_to="none", use_cpu=not torch.cuda.is_available(), disable_tqdm=False)
-    collator = GroupCollator(model.retriever.tokenizer, model.retriever.tokenizer, max_length=TRAIN_LENGTH)
+    args = RevelaArguments(**settings | changes)
+    collator = GroupCollator(model.retriever.tokenizer, model.retriever.tokenizer, max_length=max_length)
     trainer = RevelaTrainer(model=model, args=args, train_dataset=groups, data_collator=collator)
     trainer.train()
     return [record for record in trainer.state.log_history if "in_batch_loss" in record]
