@@ -18,6 +18,7 @@ from transformers import set_seed
 
 from revela_nb.baselines import Contrastive, Replug, SimCSE, counting_reads
 from revela_nb.batching import make_groups
+from revela_nb.compare import fuse_ranks
 from revela_nb.corpus import chunk_corpus, load_corpus
 from revela_nb.demo import CHUNK_WORDS, MAX_LENGTH, TRAIN_LENGTH, backbone_folder, demo_model, docstring_task, function_documents, sample_documents, train_demo, versions
 from revela_nb.evaluation import bm25_run, dense_run, load_beir, score_queries
@@ -59,17 +60,15 @@ def tasks(data):
     return found, sizes
 
 
-def measure(run_of, found, sizes):
+def measure(runs, found, sizes):
     "Figures of one system on every task, query by query."
     out = {}
     for name, (corpus, queries, qrels) in found.items():
-        start = time.time()
-        scores = score_queries(run_of(corpus, queries), qrels)
+        scores = score_queries(runs[name], qrels)
         mean = {m: sum(s[m] for s in scores.values()) / len(scores) for m in ("ndcg@10", "recall@100", "mrr@10")}
-        out[name] = mean | {"queries": len(queries), "documents": len(corpus), "of_documents": sizes[name], "seconds": round(time.time() - start, 1),
-                            "per_query": [round(scores[q]["ndcg@10"], 4) for q in qrels]}
-        log.info("  %s nDCG@10 %.4f (%d queries, %d of %d documents, %.0f s)", name, mean["ndcg@10"], len(queries), len(corpus), sizes[name], out[name]["seconds"])
-    return out
+        out[name] = mean | {"queries": len(queries), "documents": len(corpus), "of_documents": sizes[name], "per_query": [round(scores[q]["ndcg@10"], 4) for q in qrels]}
+        log.info("  %s nDCG@10 %.4f (%d queries, %d of %d documents)", name, mean["ndcg@10"], len(queries), len(corpus), sizes[name])
+    return {"tasks": out, "versions": versions()}
 
 
 def groups_of(documents, seed, max_words=CHUNK_WORDS, strategy="document", group_size=16, run_length=2):
@@ -137,7 +136,11 @@ def main():
             if kind: retriever, cost = train(kind, documents_of(seed), seed, args.steps, args.bf16, **changes); facts |= cost
             else: retriever = Retriever.from_pretrained(backbone_folder(), pooling="eos" if method.endswith("eos") else "mean", max_length=MAX_LENGTH)
             run_of = functools.partial(dense_run, retriever)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16): records.append(facts | {"tasks": measure(run_of, found, sizes), "versions": versions()})
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16): runs = {name: run_of(corpus, queries) for name, (corpus, queries, _) in found.items()}
+        records.append(facts | measure(runs, found, sizes))
+        if method == "revela": # fused with BM25 by ranks, which needs no weight
+            fused = {name: fuse_ranks([runs[name], bm25_run(corpus, queries)]) for name, (corpus, queries, _) in found.items()}
+            records.append(facts | {"method": "hybrid"} | measure(fused, found, sizes))
         store(records, args.out)
 
 
