@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['log', 'GROUP_FILES', 'HARMLESS', 'RECORD', 'EXPECTED', 'CommandParser', 'check_group_file', 'write_groups',
            'read_rows', 'group_texts', 'read_groups', 'corpus_groups', 'prepare_groups', 'make_run', 'write_json',
-           'evaluate_model', 'shorten_text', 'search_corpus', 'show_scores', 'show_examples', 'show_demo',
-           'TrainOptions', 'read_config', 'option_words', 'apply_config', 'run_record', 'check_run', 'training_groups',
+           'evaluate_model', 'shorten_text', 'cache_folder', 'make_searcher', 'find_place', 'answer_query',
+           'search_corpus', 'serve_corpus', 'add_serve', 'show_scores', 'show_examples', 'show_demo', 'TrainOptions',
+           'read_config', 'option_words', 'apply_config', 'run_record', 'check_run', 'training_groups',
            'adapter_settings', 'build_training', 'beir_evaluation', 'train_retriever', 'add_command', 'HelpFormatter',
-           'add_grouping', 'add_demo_prepare', 'add_evaluate_search', 'add_train', 'build_parser', 'export_model',
-           'add_export', 'report_error', 'set_up_logging', 'quiet_libraries', 'parse_arguments', 'main']
+           'add_grouping', 'add_demo_prepare', 'AskQuestions', 'add_evaluate_search', 'add_train', 'build_parser',
+           'export_model', 'add_export', 'report_error', 'set_up_logging', 'quiet_libraries', 'parse_arguments', 'main']
 
 # %% ../nbs/19_cli.ipynb #986194d1
-import argparse, contextlib, difflib, hashlib, json, logging, os, sys, traceback, warnings
+import argparse, contextlib, difflib, hashlib, json, logging, os, re, sys, time, traceback, warnings
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 
 from . import __version__
@@ -178,19 +180,102 @@ def shorten_text(
     line = " ".join(text.split())
     return line if len(line) <= length else line[:length - 1].rstrip() + "…"
 
+def cache_folder(
+    args:argparse.Namespace, # has index, a folder or None
+)->Path:
+    "Where chunks and embeddings are kept: --index, or the user's cache."
+    return Path(args.index or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "revela")).expanduser()
+
+def make_searcher(
+    model:str, # a retriever's folder or name, or "bm25"
+    chunks, # a Dataset to search in
+    folder:Path, # of the cache
+): # a function of query and k: rows and scores
+    "BM25 or a retriever, ready to answer. Raises FileNotFoundError or ValueError for what is no model."
+    from revela_nb.index import bm25_searcher, dense_searcher
+    if model == "bm25": return bm25_searcher(chunks)
+    from revela_nb.retriever import Retriever
+    return dense_searcher(Retriever.from_pretrained(model), chunks, folder, progress=sys.stderr.isatty())
+
+def find_place(
+    chunk:dict, # a row of the chunks
+    args:argparse.Namespace, # has corpus and max_words
+)->str: # file:line; the chunk's id where the document is no plain text file
+    "Where a chunk begins."
+    from revela_nb.index import chunk_line
+    root = Path(args.corpus).expanduser()
+    path = root / chunk["doc_id"] if root.is_dir() else root
+    line = chunk_line(path, int(chunk["_id"].rpartition("#")[2]), args.max_words) if path.is_file() else None
+    return f"{path}:{line}" if line else chunk["_id"]
+
+# %% ../nbs/19_cli.ipynb #82ee59d9
+def answer_query(
+    query:str, # the question
+    searcher, # a function of query and k
+    chunks, # what it searches
+    args:argparse.Namespace, # has corpus, max_words and k
+)->None:
+    "Print the ranked passages. Raises a ValueError for an empty question."
+    if not query.strip(): raise ValueError("the query is empty")
+    start, console = time.perf_counter(), Console(force_jupyter=False, highlight=False, soft_wrap=True)
+    found = searcher(query, args.k)
+    log.info("searched in %.3f s", time.perf_counter() - start)
+    if not found: console.print("nothing found")
+    words = [word for word in re.findall(r"\w+", query) if len(word) > 1]
+    for rank, (row, score) in enumerate(found, 1):
+        chunk = chunks[row]
+        text = Text(f"     {shorten_text(chunk['text'])}")
+        if words: text.highlight_regex(rf"(?i)\b(?:{'|'.join(map(re.escape, words))})\b", "bold yellow")
+        console.print(Text(f"{rank:3d}  {score:.3f}  {chunk['_id']}  {find_place(chunk, args)}"))
+        console.print(text)
+
 def search_corpus(
     args:argparse.Namespace, # of `revela search`
 )->None:
-    "`revela search`: the passages nearest to a question."
-    from revela_nb.corpus import chunk_corpus, load_corpus
-    if not args.query.strip(): raise ValueError("the query is empty")
-    chunks = chunk_corpus(load_corpus(args.corpus), max_words=args.max_words)
-    passages = {row["_id"]: {"title": row["title"], "text": row["text"]} for row in chunks}
-    log.info("%d passages", len(passages))
-    found = make_run(args.model, passages, {"query": args.query}, args.k)["query"]
-    if not found: print("nothing found")
-    for rank, (passage, score) in enumerate(sorted(found.items(), key=lambda pair: -pair[1]), 1):
-        print(f"{rank:3d}  {score:.3f}  {passage}\n     {shorten_text(passages[passage]['text'])}")
+    "`revela search`: the passages nearest to a question, or to one after the other."
+    from revela_nb.index import cached_chunks
+    if not args.interactive and not (args.query or "").strip(): raise ValueError("the query is empty")
+    if args.k < 1: raise ValueError(f"k must be at least 1, not {args.k}")
+    folder = cache_folder(args)
+    chunks = cached_chunks(args.corpus, args.max_words, folder)
+    log.info("%d passages", len(chunks))
+    searcher = make_searcher(args.model, chunks, folder)
+    if args.query: answer_query(args.query, searcher, chunks, args)
+    while args.interactive:
+        print("question (empty: stop)> ", end="", file=sys.stderr, flush=True)
+        query = sys.stdin.readline().strip()
+        if not query: return
+        answer_query(query, searcher, chunks, args)
+
+# %% ../nbs/19_cli.ipynb #9556a4cb
+def serve_corpus(
+    args:argparse.Namespace, # of `revela serve`
+)->None:
+    "`revela serve`: a page on this machine with two retrievers side by side."
+    from revela_nb.index import cached_chunks
+    from revela_nb.serve import check_host, serve_page
+    check_host(args.host)
+    folder = cache_folder(args)
+    chunks = cached_chunks(args.corpus, args.max_words, folder)
+    def shown(searcher): return lambda query, k: [(find_place(chunks[row], args), chunks[row]["text"], score) for row, score in searcher(query, k)]
+    searchers = {model: shown(make_searcher(model, chunks, folder)) for model in dict.fromkeys((args.model, args.other))}
+    log.info("http://%s:%d/ (Ctrl-C stops)", args.host, args.port)
+    serve_page(searchers, args.host, args.port, args.k)
+
+def add_serve(
+    commands, # argparse's sub-parsers
+)->None:
+    "`revela serve`."
+    serve = add_command(commands, "serve", serve_corpus, "a web page on this machine: two retrievers side by side",
+                        "  revela serve revela_demo/retriever --corpus src/\n  revela serve runs/notes/retriever --other bm25 --corpus notes/ --port 8001")
+    serve.add_argument("model", help="folder or hub name of a retriever, or the word bm25")
+    serve.add_argument("--other", default="bm25", help="the second retriever")
+    serve.add_argument("--corpus", metavar="SOURCE", required=True, help="'python', a file or folder, or a hub data set")
+    serve.add_argument("--host", default="127.0.0.1", help="a loopback address")
+    serve.add_argument("--port", type=int, default=8000, help="to listen on")
+    serve.add_argument("--k", type=int, default=10, help="passages a retriever")
+    serve.add_argument("--max-words", type=int, default=120, help="words in a passage")
+    serve.add_argument("--index", metavar="DIR", help="folder to keep chunks and embeddings in; None: the user's cache")
 
 # %% ../nbs/19_cli.ipynb #1caa1208
 def show_scores(
@@ -452,6 +537,12 @@ def add_demo_prepare(
     prepare.add_argument("--out", metavar="FILE", required=True, help="groups.jsonl or groups.parquet")
     add_grouping(prepare)
 
+class AskQuestions(argparse.Action):
+    "`--interactive`: sets True, and the question may be left out. (An optional positional after options is one that argparse cannot see.)"
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, True)
+        next(action for action in parser._actions if action.dest == "query").required = False
+
 def add_evaluate_search(
     commands, # argparse's sub-parsers
 )->None:
@@ -468,6 +559,8 @@ def add_evaluate_search(
                          '  revela search revela_demo/retriever --corpus src/ "read a file line by line"\n  revela search bm25 --corpus notes/ "warm cats" --k 3')
     search.add_argument("model", help="folder or hub name of a retriever, or the word bm25")
     search.add_argument("query", help="the question, in quotes")
+    search.add_argument("--interactive", action=AskQuestions, nargs=0, default=False, help="ask for one question after the other; the one on the command line may be left out")
+    search.add_argument("--index", metavar="DIR", help="folder to keep chunks and embeddings in; None: the user's cache")
     search.add_argument("--corpus", metavar="SOURCE", required=True, help="'python', a file or folder, or a hub data set")
     search.add_argument("--k", type=int, default=5, help="passages to show")
     search.add_argument("--max-words", type=int, default=120, help="words in a passage")
@@ -503,6 +596,7 @@ def build_parser(
     add_train(commands, full)
     add_evaluate_search(commands)
     add_export(commands)
+    add_serve(commands)
     return parser
 
 # %% ../nbs/19_cli.ipynb #2ea7f56b
