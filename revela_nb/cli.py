@@ -513,6 +513,7 @@ class TrainOptions:
     freeze_lm:bool = field(default=False, metadata={"help": "train the retriever alone"})
     gather_chunks:bool = field(default=False, metadata={"help": "all chunks of a step are one group, over all devices"})
     learn_temperature:bool = field(default=False, metadata={"help": "make the temperature a parameter"})
+    min_weight:float|None = field(default=None, metadata={"help": "chunks with this weight or less are not read: faster, off by at most their weights; default: exact to rounding"})
     max_words:int = field(default=120, metadata={"help": "words in a chunk"})
     group_size:int = field(default=16, metadata={"help": "chunks in a group"})
     strategy:str = field(default="document", metadata={"help": "how chunks are grouped: document, bm25 or random"})
@@ -623,7 +624,8 @@ def build_training(
     retriever = Retriever.from_pretrained(name, lora=adapter_settings(options, "FEATURE_EXTRACTION"), pooling=options.pooling, max_length=options.max_length)
     lm = build_lm(options.lm or name, lora=adapter_settings(options, "CAUSAL_LM"))
     tokenizer = load_tokenizer(find_folder(options.lm)) if options.lm else retriever.tokenizer
-    model = Revela(retriever, lm, options.temperature, options.value_norm, options.dual_loss, options.freeze_lm, options.gather_chunks, options.learn_temperature)
+    model = Revela(retriever, lm, options.temperature, options.value_norm, options.dual_loss, options.freeze_lm, options.gather_chunks, options.learn_temperature,
+                   options.min_weight)
     return model, GroupCollator(retriever.tokenizer, tokenizer, options.max_length, retriever.query_prefix, retriever.passage_prefix)
 
 def beir_evaluation(
