@@ -859,7 +859,7 @@ def add_bench(
 
 
 # %% ../nbs/19_cli.ipynb #227820d9
-EXPECTED = (OSError, ValueError, TypeError, RuntimeError, FloatingPointError, MemoryError, ImportError, SafetensorError)
+EXPECTED = (OSError, ValueError, TypeError, RuntimeError, ImportError, FloatingPointError, MemoryError, SafetensorError)
 
 def report_error(
     error:BaseException, # what went wrong
