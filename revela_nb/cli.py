@@ -121,7 +121,8 @@ def corpus_groups(
 ): # a Dataset with columns ids, texts
     "Corpus -> chunks -> groups, telling the count after each stage. Raises what the three functions raise."
     from revela_nb.batching import make_groups
-    from revela_nb.corpus import chunk_corpus, load_corpus
+    from revela_nb.corpus import chunk_corpus
+    from revela_nb.reading import load_corpus
     corpus = load_corpus(source)
     chunks = chunk_corpus(corpus, max_words=options.max_words)
     log.info("%d documents -> %d chunks of at most %d words", len(corpus), len(chunks), options.max_words)
@@ -360,7 +361,8 @@ def search_corpus(
     args:argparse.Namespace, # of `revela search`
 )->None:
     "`revela search`: the passages nearest to a question."
-    from revela_nb.corpus import chunk_corpus, load_corpus
+    from revela_nb.corpus import chunk_corpus
+    from revela_nb.reading import load_corpus
     if not args.query.strip(): raise ValueError("the query is empty")
     chunks = chunk_corpus(load_corpus(args.corpus), max_words=args.max_words)
     passages = {row["_id"]: {"title": row["title"], "text": row["text"]} for row in chunks}

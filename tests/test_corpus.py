@@ -12,8 +12,9 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings, strategies as st
 
-import revela_nb.corpus as corpus_module
-from revela_nb.corpus import chunk_corpus, chunk_text, load_corpus, looks_like_code, module_files, split_sentences
+import revela_nb.reading as reading
+from revela_nb.corpus import chunk_corpus, chunk_text, looks_like_code, split_sentences
+from revela_nb.reading import load_corpus, module_files
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -51,7 +52,7 @@ def test_python_is_both_halves(tmp_path, monkeypatch):
     for half in ("std", "site"):
         (tmp_path / half).mkdir()
         (tmp_path / half / "same.py").write_text(f"# {half}\n" + "x = 1\n" * 50)
-    monkeypatch.setattr(corpus_module.sysconfig, "get_path", lambda name: str(tmp_path / ("std" if name == "stdlib" else "site")))
+    monkeypatch.setattr(reading.sysconfig, "get_path", lambda name: str(tmp_path / ("std" if name == "stdlib" else "site")))
     assert load_corpus("python")["_id"][:] == ["stdlib:same", "packages:same"]
     assert load_corpus("python:packages")["text"][0].startswith("# site")
 
@@ -122,7 +123,7 @@ def test_changed_file_is_read_anew(tmp_path):
 ])
 def test_fault_is_skipped_and_named(tmp_path, caplog, name, content, reason, place):
     write(tmp_path, **{"good.txt": "Good text.", name: content})
-    with caplog.at_level(logging.WARNING, "revela_nb.corpus"): corpus = load_corpus(tmp_path)
+    with caplog.at_level(logging.WARNING, "revela_nb.reading"): corpus = load_corpus(tmp_path)
     assert corpus["_id"][0] == "good.txt"
     assert [m for m in caplog.messages if reason in m and place in m], caplog.messages
 
@@ -176,7 +177,7 @@ def test_hub(monkeypatch):
     def fake(name, split):
         seen.append((name, split))
         return Dataset.from_dict({"id": ["7", "8"], "text": ["seven", ""], "url": ["u", "v"]})
-    monkeypatch.setattr(corpus_module, "load_dataset", fake)
+    monkeypatch.setattr(reading, "load_dataset", fake)
     assert rows(load_corpus("someone/some-corpus_v1.1", split="validation")) == [("7", "", "seven")]
     assert seen == [("someone/some-corpus_v1.1", "validation")]
 
@@ -184,7 +185,7 @@ def test_hub(monkeypatch):
 @pytest.mark.parametrize("error, expected", [(ConnectionError("offline"), FileNotFoundError), (ValueError("Unknown split"), ValueError), (RuntimeError("scripts"), ValueError)])
 def test_hub_failure_is_a_sentence(monkeypatch, error, expected):
     def fake(name, split): raise error
-    monkeypatch.setattr(corpus_module, "load_dataset", fake)
+    monkeypatch.setattr(reading, "load_dataset", fake)
     with pytest.raises(expected, match=f"someone/data.*{error}"): load_corpus("someone/data")
 
 

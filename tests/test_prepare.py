@@ -16,8 +16,9 @@ from hypothesis import given, settings, strategies as st
 
 import revela_nb.prepare as prepare
 from revela_nb.corpus import chunk_text
-from revela_nb.prepare import (PrepareOptions, VectorIndex, WordIndex, check_folder, clean_text, cluster_groups, first_of_each, greedy_groups, parse_strategy,
-                               prepare_corpus, shingles, stage_bar)
+from revela_nb.copies import bucket_pairs, estimate_overlap, find_copies, fingerprint_texts, shingles
+from revela_nb.grouping import VectorIndex, WordIndex, cluster_groups, greedy_groups, parse_strategy
+from revela_nb.prepare import PrepareOptions, check_folder, clean_text, first_of_each, prepare_corpus, prepare_share, stage_bar
 
 ROOT = Path(__file__).parents[1]
 NO_BAR = stage_bar("", None, "", False)
@@ -69,7 +70,7 @@ def test_three_kinds_of_copies(notes):
 KILLED = """
 import os, signal, sys
 import revela_nb.prepare as prepare
-prepare.CHUNKS_A_SHARD = 40
+prepare.SHARD_TEXT = 5000
 save, left = prepare.save_file, int(sys.argv[1])
 def save_and_die(path, write):
     global left
@@ -101,13 +102,14 @@ def test_killed_anywhere_the_result_is_the_same_bytes(notes, strategy, step):
 
 @pytest.mark.parametrize("at", [1, 2, 5, 9])
 def test_killed_early(notes, monkeypatch, at):
+    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
     assert run_killed(at, "document", "killed").returncode == -signal.SIGKILL
     assert prepare_corpus(OPTIONS, "killed") == prepare_corpus(OPTIONS, "whole") and content(Path("killed")) == content(Path("whole"))
 
 
 def test_damaged_intermediate_file_is_made_again(notes, monkeypatch, caplog):
     prepare_corpus(OPTIONS, "whole")
-    monkeypatch.setattr(prepare, "CHUNKS_A_SHARD", 40)
+    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
     def stop(*args): raise KeyboardInterrupt
     for name, damaged in [("write_shards", "chunks-00003.arrow"), ("write_shards", "groups.npy"), ("make_manifest", "kept.npy")]:
         with monkeypatch.context() as patch:
@@ -134,7 +136,7 @@ def test_finished_folder_is_left_alone_and_a_damaged_one_made_again(notes, caplo
 
 
 def test_changed_source_is_refused(notes, monkeypatch):
-    monkeypatch.setattr(prepare, "CHUNKS_A_SHARD", 40)
+    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
     assert run_killed(8, "document", "out").returncode == -signal.SIGKILL
     Path("notes/00.txt").write_text("Something else now.")
     with pytest.raises(ValueError, match="has changed"): prepare_corpus(OPTIONS, "out")
@@ -256,7 +258,7 @@ def test_clusters_are_balanced_and_seeded():
 
 def test_memory_does_not_follow_the_texts(tmp_path):
     "Four times the text, at the same number of bytes a chunk, must cost little more memory."
-    code = ("import resource, sys, revela_nb.prepare as p; p.CHUNKS_A_SHARD = 2000\n"
+    code = ("import resource, sys, revela_nb.prepare as p; p.SHARD_TEXT = 10**6\n"
             "p.prepare_corpus(p.PrepareOptions(sys.argv[1], max_words=100, near=0, shard_groups=50), sys.argv[2]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     rng, peaks = np.random.default_rng(0), []
     for n in (40, 400):
@@ -284,7 +286,7 @@ def test_command_line_and_back(notes, capsys):
 def test_published_groups_of_both_line_formats(tmp_path, monkeypatch, name):
     "The real loading code on files of the published shapes; only the address is changed."
     import datasets
-    import revela_nb.corpus as corpus
+    import revela_nb.reading as corpus
     from revela_nb.cli import read_groups
     (tmp_path / "train.jsonl").write_text(json.dumps(["one\u2028line", "two"], ensure_ascii=False) + "\n" + json.dumps({"src": "so", "text": ["three", "four"]}) + "\n")
     monkeypatch.setitem(corpus.HUB_LINES, name, str(tmp_path / "*.json*"))
