@@ -122,6 +122,61 @@ def test_damaged_intermediate_file_is_made_again(notes, monkeypatch, caplog):
     assert content(Path("out")) == content(Path("whole")) and manifest["shards"]
 
 
+@pytest.mark.parametrize("strategy", ["document", "bm25:0.5,random:0.5"])
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_shares_give_the_same_bytes(notes, monkeypatch, strategy, n):
+    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
+    options = replace(OPTIONS, strategy=strategy)
+    manifest = prepare_corpus(options, "whole")
+    made = [prepare_share(options, "shared", (k, n)) for k in reversed(range(n))]
+    stamps = {path.name: path.stat().st_mtime_ns for path in Path("shared/work").glob("chunks-*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "chunk_text", None)                                        # nothing is cut twice
+        assert prepare_corpus(options, "shared") == manifest and content(Path("shared")) == content(Path("whole"))
+    assert sum(made) == len(stamps) / 2 and max(made) - min(made) <= 1 and (n < 7 or len(made) == 7)
+    assert prepare_share(options, "shared", (0, n)) == 0 and content(Path("shared")) == content(Path("whole"))
+
+
+def test_a_lost_share_is_made_up_for(notes, monkeypatch, caplog):
+    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
+    prepare_corpus(OPTIONS, "whole")
+    for k in (0, 2): prepare_share(OPTIONS, "shared", (k, 3))
+    damaged = Path("shared/work/chunks-00002.arrow")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    prepare_corpus(OPTIONS, "shared")
+    assert content(Path("shared")) == content(Path("whole")) and damaged.name in caplog.text
+
+
+def test_workers(notes):
+    prepare_corpus(OPTIONS, "whole")
+    prepare_corpus(OPTIONS, "two", workers=2)
+    assert content(Path("two")) == content(Path("whole"))
+
+
+def test_shares_guard_themselves(notes, monkeypatch):
+    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
+    for share in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="share is K/N"): prepare_share(OPTIONS, "out", share)
+    with pytest.raises(FileNotFoundError): prepare_share(replace(OPTIONS, source="./nowhere"), "out", (0, 2))
+    assert not Path("out").exists()
+    prepare_share(OPTIONS, "out", (0, 2))
+    with pytest.raises(ValueError, match="max_words is 30 there and 40 now"): prepare_share(replace(OPTIONS, max_words=40), "out", (1, 2))
+    Path("notes/29.txt").unlink()                                                         # shorter: the shard behind the end is noticed
+    with pytest.raises(ValueError, match="has changed"): prepare_corpus(OPTIONS, "out")
+
+
+def test_datatrove_runs_shares(notes):
+    executor = pytest.importorskip("datatrove.executor")
+    options = OPTIONS
+    def step(data, rank, world_size):
+        from revela_nb.prepare import prepare_share
+        prepare_share(options, "shared", (rank, world_size))
+    executor.LocalPipelineExecutor(pipeline=[step], tasks=2, workers=1, logging_dir="logs").run()
+    prepare_corpus(OPTIONS, "whole")
+    prepare_corpus(OPTIONS, "shared")
+    assert content(Path("shared")) == content(Path("whole"))
+
+
 def test_finished_folder_is_left_alone_and_a_damaged_one_made_again(notes, caplog):
     prepare_corpus(OPTIONS, "out")
     before = content(Path("out"))
@@ -206,6 +261,40 @@ def test_near_copies_against_all_pairs(notes):
     sets = [set(shingles(text)) for text in texts]
     copies = {j for j in range(len(texts)) for i in range(j) if len(sets[i] & sets[j]) / len(sets[i] | sets[j]) > 0.8}
     assert len(copies) == 15 and not kept & copies and len(set(range(len(texts))) - kept - copies) <= 1    # one may fill no group
+
+
+def test_estimate_and_buckets():
+    rng = np.random.default_rng(0)
+    base = [f"w{i}" for i in range(300)]
+    texts = [" ".join(base[:k] + [f"x{k}y{i}" for i in range(300 - k)]) for k in range(0, 301, 20)]
+    prints, sets = fingerprint_texts(texts), [set(shingles(text)) for text in texts]
+    i, j = np.triu_indices(len(texts))
+    true = np.array([len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in zip(i, j)])
+    error = estimate_overlap(prints[i], prints[j]) - true
+    assert abs(error.mean()) < .03 and np.abs(error).max() < .15 and prints.shape == (16, 192)
+    keys = rng.integers(0, 5, 200).astype(np.uint32)
+    later, earlier = np.divmod(bucket_pairs(keys), 200)
+    members = [np.flatnonzero(keys == key) for key in range(5)]
+    expected = {(m[b], m[a]) for m in members for b in range(len(m)) for a in range(b) if a == 0 or b - a <= 8}
+    assert set(zip(later.tolist(), earlier.tolist())) == expected and (np.diff(bucket_pairs(keys)) > 0).all()
+
+
+def test_copies_of_copies_stay():
+    "Against the rule written as two loops, on chains of small changes."
+    rng = np.random.default_rng(1)
+    texts = []
+    for chain in range(12):
+        words = [f"c{chain}w{k}" for k in range(80)]
+        for step in range(6):
+            texts.append(" ".join(words))
+            for place in rng.integers(0, 80, 2): words[place] = f"new{chain}{step}{place}"
+    prints = fingerprint_texts(texts)
+    found = find_copies(lambda b: np.ascontiguousarray(prints[:, 4 * b:4 * b + 4]).view(np.uint32)[:, 0], lambda rows: prints[rows], .7, NO_BAR)
+    alike = np.array([[estimate_overlap(prints[i:i + 1], prints[j:j + 1])[0] >= .7 for i in range(72)] for j in range(72)])
+    met = np.array([[(prints[i, :64].reshape(16, 4) == prints[j, :64].reshape(16, 4)).all(1).any() for i in range(72)] for j in range(72)])
+    expected = np.zeros(72, dtype=bool)
+    for j in range(72): expected[j] = (alike[j, :j] & met[j, :j] & ~expected[:j]).any()
+    assert (found == expected).all() and 10 < found.sum() < 60
 
 
 def test_rare_words_find_what_full_bm25_finds():
