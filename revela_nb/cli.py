@@ -123,7 +123,8 @@ def corpus_groups(
 ): # a Dataset with columns ids, texts
     "Corpus -> chunks -> groups, telling the count after each stage. Raises what the three functions raise."
     from revela_nb.batching import make_groups
-    from revela_nb.corpus import chunk_corpus, load_corpus
+    from revela_nb.corpus import chunk_corpus
+    from revela_nb.reading import load_corpus
     corpus = load_corpus(source)
     chunks = chunk_corpus(corpus, max_words=options.max_words)
     log.info("%d documents -> %d chunks of at most %d words", len(corpus), len(chunks), options.max_words)
