@@ -43,7 +43,7 @@ def value_scale(
     key_mask:Tensor, # (N, L) bool, True at real tokens
     value_norm:str, # "unit", "rescaled" or "none"
 )->Tensor|float: # factor on what is read from other chunks
-    "1, or with value_norm='rescaled' half the layer's mean value length over real tokens (no gradient). Raises ValueError on another name."
+    "1, or with value_norm='rescaled' half the mean length of real tokens' values, without gradient. Raises ValueError."
     if value_norm not in VALUE_NORMS: raise ValueError(f"value_norm must be one of {VALUE_NORMS}, got {value_norm!r}")
     if value_norm != "rescaled": return 1.0
     real = key_mask[:, None].to(value.dtype)                                          # (N, 1, L)
@@ -102,7 +102,7 @@ def select_pairs(
     weights:Tensor, # (N, N) in-batch weights
     min_weight:float|None=None, # pairs with this weight or less are left out; None: rounding unit / N, exact to rounding
 )->Tensor: # (N, N) bool, True where chunk i reads chunk j
-    "The pairs worth computing; the error is at most the sum of the weights left out times the longest c (METHOD fact 3). Raises ValueError."
+    "Pairs worth computing; the error is at most the sum of weights left out times the longest c (METHOD fact 3). Raises ValueError."
     if min_weight is None: min_weight = torch.finfo(weights.dtype).eps / len(weights)
     if not 0 <= min_weight < 1: raise ValueError(f"min_weight must be in [0, 1), got {min_weight}")
     return ~(weights.detach().abs() <= min_weight)                                     # NaN is kept, so that it shows in the loss
@@ -150,7 +150,7 @@ def attend_block(
 
 # %% ../nbs/04_attention.ipynb #f6774c90
 class ReadByMatmul(torch.autograd.Function):
-    "Cross-chunk reading by matrix products, a block of pairs at a time; saves only its inputs and computes attention again in backward."
+    "Reading by matrix products, a block of pairs at a time; saves only its inputs and computes attention again in backward."
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     def forward(ctx,
@@ -200,8 +200,8 @@ def cross_chunk_attention(
     value_norm:str="unit", # "unit" (paper), "rescaled" or "none"
     min_weight:float|None=None, # leave out pairs with this weight or less; None: exact to rounding
 )->Tensor: # (N, H, L, D) sum over j of w_ij c_ijt
-    "Cross-chunk attention over the pairs that matter; equal to `cross_chunk_einsum` (Revela section 3.2; METHOD facts 2 and 3). Raises ValueError."
-    value = value.to(query.dtype)                                                      # autocast leaves it in bf16 while RoPE has made query and key float32
+    "`cross_chunk_einsum` over the pairs that matter (Revela section 3.2; METHOD facts 2 and 3). Raises ValueError."
+    value = value.to(query.dtype)                                          # under autocast bf16, while RoPE makes query float32
     scale = value_scale(value, key_mask, value_norm)
     weights = weights * key_mask.any(-1)                                               # an all-padding chunk has nothing to say
     keep, weights = select_pairs(weights, min_weight), weights.to(query.dtype)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPANNING', 'build_lm', 'RevelaOutput', 'GatherRows', 'SpanningReading', 'spanning_attention', 'pad_to_ranks',
-           'spanning_forward', 'Revela']
+           'spanning_forward', 'Weighing', 'Revela']
 
 # %% ../nbs/06_model.ipynb #533934ef
 import math
@@ -148,8 +148,38 @@ def spanning_forward(
     plain, in_batch = (F.cross_entropy(x.float(), targets, reduction="sum") / max(len(targets), 1) for x in logits[0].chunk(2))
     return InBatchOutput(in_batch, plain)
 
+# %% ../nbs/06_model.ipynb #6a06c001
+class Weighing(nn.Module):
+    "What turns similarities into weights: a temperature, fixed or learnt, and who belongs to a group."
+    def __init__(self,
+        temperature:float, # > 0
+        learn_temperature:bool, # make its logarithm a parameter
+        gather_chunks:bool, # all chunks are one group
+    ):
+        "Raises ValueError for a temperature that is not above 0."
+        super().__init__()
+        if not temperature > 0: raise ValueError(f"temperature must be above 0, got {temperature}")
+        self.fixed_temperature, self.gather_chunks = temperature, gather_chunks
+        self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)])) if learn_temperature else None
+
+    @property
+    def temperature(self)->float:
+        "What the similarities are divided by; may be set, unless it is learnt."
+        return self.fixed_temperature if self.log_temperature is None else math.exp(self.log_temperature.item())
+
+    @temperature.setter
+    def temperature(self, value:float): self.fixed_temperature = value
+
+    def weigh(self,
+        similarity:Tensor, # (B, B)
+        group_size:int|None=None, # chunks per group
+    )->Tensor: # (B, B) in-batch weights
+        "The weights of this batch; a subclass may replace them (ablations do)."
+        temperature = self.fixed_temperature if self.log_temperature is None else self.log_temperature.exp()
+        return in_batch_weights(similarity, temperature, None if self.gather_chunks else group_size)
+
 # %% ../nbs/06_model.ipynb #4c8d147a
-class Revela(nn.Module):
+class Revela(Weighing):
     "Joint training of a retriever and a language model by in-batch language modelling (Revela sections 3.1 to 3.3)."
     def __init__(self,
         retriever:Retriever, # turns token ids into L2-normalised embeddings
@@ -160,27 +190,16 @@ class Revela(nn.Module):
         freeze_lm:bool=False, # train the retriever alone
         gather_chunks:bool=False, # all chunks of a step are one group, over all rows of the batch and all processes
         learn_temperature:bool=False, # make the temperature a parameter
-        min_weight:float|None=None, # leave out pairs with this weight or less: faster, and off by at most their weights; None: exact to rounding
+        min_weight:float|None=None, # leave out pairs with this weight or less; None: exact to rounding
     ):
         "Raises TypeError for an LM that cannot be patched, ValueError for a wrong option."
-        super().__init__()
+        super().__init__(temperature, learn_temperature, gather_chunks)
         base_lm(lm)
         if value_norm not in VALUE_NORMS: raise ValueError(f"value_norm must be one of {VALUE_NORMS}, got {value_norm!r}")
-        if not temperature > 0: raise ValueError(f"temperature must be above 0, got {temperature}")
-        self.retriever, self.lm = retriever, lm
         if min_weight is not None and not 0 <= min_weight < 1: raise ValueError(f"min_weight must be in [0, 1), got {min_weight}")
-        self.value_norm, self.min_weight, self.dual_loss, self.gather_chunks = value_norm, min_weight, dual_loss, gather_chunks
-        self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)])) if learn_temperature else None
-        self.fixed_temperature = temperature
+        self.retriever, self.lm = retriever, lm
+        self.value_norm, self.min_weight, self.dual_loss = value_norm, min_weight, dual_loss
         if freeze_lm: lm.requires_grad_(False)
-
-    @property
-    def temperature(self)->float:
-        "What the similarities are divided by; may be set, unless it is learnt."
-        return self.fixed_temperature if self.log_temperature is None else math.exp(self.log_temperature.item())
-
-    @temperature.setter
-    def temperature(self, value:float): self.fixed_temperature = value
 
     def activation_checkpointing_enable(self,
         **kwargs, # as for transformers' models
@@ -188,14 +207,6 @@ class Revela(nn.Module):
         "Gradient checkpointing in both models; the `Trainer` calls this."
         for model in (self.retriever.encoder, self.lm):
             (model.get_base_model() if hasattr(model, "get_base_model") else model).activation_checkpointing_enable(**kwargs)
-
-    def weigh(self,
-        similarity:Tensor, # (B, B)
-        group_size:int|None=None, # chunks per group
-    )->Tensor: # (B, B) in-batch weights
-        "The weights of this batch; a subclass may replace them (ablations do)."
-        temperature = self.fixed_temperature if self.log_temperature is None else self.log_temperature.exp()
-        return in_batch_weights(similarity, temperature, None if self.gather_chunks else group_size)
 
     def forward(self,
         query_input_ids:Tensor, # (B, Lq) first halves of the chunks, query prefix, eos
@@ -215,7 +226,7 @@ class Revela(nn.Module):
         if spans: queries, passages = (GatherRows.apply(x).flatten(0, 1) for x in (queries, passages))
         similarity = queries @ passages.T                                             # (B, B), or (kB, kB)
         weights = self.weigh(similarity, group_size)
-        if spans: similarity, weights = (x.view(-1, len(input_ids), x.shape[1])[dist.get_rank()] for x in (similarity, weights)) # my rows
+        if spans: similarity, weights = (x.view(-1, len(input_ids), x.shape[1])[dist.get_rank()] for x in (similarity, weights))
         forward = spanning_forward if spans else in_batch_forward
         out = forward(self.lm, input_ids, attention_mask, weights, labels, self.value_norm, min_weight=self.min_weight)
         loss = out.loss + out.plain_loss if self.dual_loss else out.loss

@@ -6,6 +6,7 @@ import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 
+from revela_nb import patching
 from revela_nb.attention import in_batch_weights
 from revela_nb.patching import in_batch_forward
 
@@ -162,3 +163,39 @@ def test_a_head_that_scales_its_logits_is_run_in_whole():
     torch.testing.assert_close((quick.loss, quick.plain_loss), (whole.loss, whole.plain_loss))
     granite.config.logits_scaling = 1.0
     assert abs(in_batch_forward(granite, ids, mask, weights()).loss - quick.loss) > 1e-4
+
+
+@pytest.mark.parametrize("value_norm", ["unit", "rescaled", "none"])
+def test_groups_in_one_batch_learn_what_they_learn_one_by_one(value_norm):
+    "Loss and every gradient; with `rescaled` the groups share one volume, so they are alike in it only if they are the same chunks."
+    torch.manual_seed(0)
+    model = MODELS["qwen3"]().train()
+    texts = [rows([6, 6, 6], seed=0), rows([6, 6, 6], seed=0 if value_norm == "rescaled" else 1)]
+    pairs = [weights(seed=3), weights(seed=4)]
+    together, grad = gradients(model, *pad(texts[0] + texts[1], 6), torch.block_diag(*pairs), value_norm=value_norm)
+    (loss0, grad0), (loss1, grad1) = (gradients(model, *pad(t, 6), w, value_norm=value_norm) for t, w in zip(texts, pairs))
+    torch.testing.assert_close(together, (loss0 + loss1) / 2, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(grad[36:], (grad0[9:] + grad1[9:]) / 2, atol=2e-5, rtol=1e-4)
+    block = grad[:36].view(6, 6)
+    others = ~torch.eye(3, dtype=torch.bool)                                                                        # a weight of zero is a pair left out
+    for part, alone in ((block[:3, :3], grad0), (block[3:, 3:], grad1)): torch.testing.assert_close(part[others], alone[:9].view(3, 3)[others] / 2, atol=2e-6, rtol=1e-4)
+    assert block[:3, 3:].abs().max() == 0 and block[3:, :3].abs().max() == 0
+
+
+def test_min_weight_reaches_every_layer(monkeypatch):
+    "As an option of `Revela`, through checkpointing too; an option out of range is an error."
+    from revela_nb.model import Revela
+    from test_trainer import VOCAB, make_model
+    toy = make_model()
+    model = Revela(toy.retriever, toy.lm, temperature=1.0, min_weight=0.3)
+    seen = []
+    read = patching.cross_chunk_attention
+    monkeypatch.setattr(patching, "cross_chunk_attention", lambda *a: seen.append(a[7]) or read(*a))
+    ids, mask = pad(rows([6, 3, 5, 4]), 6)
+    batch = {f"{role}{name}": x for role in ("query_", "passage_", "") for name, x in (("input_ids", ids % len(VOCAB)), ("attention_mask", mask))}
+    model(**batch).loss.backward()
+    assert seen == [0.3] * model.lm.config.num_hidden_layers
+    model.activation_checkpointing_enable()
+    model(**batch).loss.backward()
+    assert seen == [0.3] * model.lm.config.num_hidden_layers * 3                                                              # forward, and again in backward
+    with pytest.raises(ValueError, match="min_weight must be in"): Revela(model.retriever, model.lm, min_weight=-0.1)
