@@ -236,10 +236,10 @@ def encode_across_processes(
     texts: list[str], # the same in every process
 ) -> torch.Tensor: # (n, D) on the CPU, in the given order, the same in every process
     "Each process encodes its share, all get the whole. All processes must call it; alone, it is `encode(texts)`."
-    state = PartialState()
+    state = PartialState(cpu=not torch.cuda.is_available())
     if state.num_processes == 1 or not texts: return encode(texts)
     with state.split_between_processes(list(texts)) as share: mine = encode(share).cpu()
-    return torch.cat(gather_object([mine]))[:len(texts)]
+    return torch.cat(gather_object([mine]))
 
 # %% ../nbs/08_evaluation.ipynb #d7dbf331
 def evaluate(

@@ -267,4 +267,4 @@ def test_two_processes_give_what_one_gives(tmp_path):
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     expected = [[[i + 1., float(ord("a" if i else "b"))] for i in range(n)] for n in (1, 2, 7)]
     assert [r[0] for r in results] == [expected, expected]
-    assert sum(r[1] for r in results) == 1 + 1 + 2 + 7                                # each text once, but for the copy where there is one text only
+    assert sum(r[1] for r in results) == 1 + 2 + 7 and min(r[1] for r in results) > 0 # each text once, and both worked
