@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['pick_others', 'replug_loss', 'second_halves', 'continuation_scores', 'Replug', 'split_row', 'crop', 'Contrastive',
-           'SimCSE', 'counting_reads']
+           'SimCSE', 'counting_reads', 'SentenceEncoder', 'load_system']
 
 # %% ../nbs/16_baselines.ipynb #8f311050
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from .attention import in_batch_weights
 from .batching import pad_rows
 from .model import Revela, RevelaOutput
 from .patching import base_lm, head_reads
-from .retriever import Retriever, evaluating
+from .retriever import Retriever, evaluating, find_folder
 
 # %% ../nbs/16_baselines.ipynb #77fea917
 def pick_others(
@@ -204,3 +205,39 @@ def counting_reads(
     hook = model.get_input_embeddings().register_forward_pre_hook(add)
     try: yield count
     finally: hook.remove()
+
+# %% ../nbs/16_baselines.ipynb #16e20002
+class SentenceEncoder:
+    "A sentence-transformers model with the two methods that `evaluate` and `dense_run` call."
+    def __init__(self,
+        folder: str | Path, # holds modules.json
+    ):
+        "Raises a ValueError for a folder that sentence-transformers cannot load from safetensors."
+        from sentence_transformers import SentenceTransformer # only needed here, slow to import
+        try: self.model = SentenceTransformer(str(folder), model_kwargs={"use_safetensors": True})
+        except Exception as error: raise ValueError(f"sentence-transformers cannot load '{folder}': {str(error).splitlines()[0]}") from error
+
+    def encode_queries(self,
+        texts: list[str], # questions
+        batch_size: int = 32, # texts a batch
+        progress: bool = True, # whether to show a bar
+    ) -> Tensor: # (n, D) unit vectors on the CPU
+        "With the model's own query prompt."
+        return self.model.encode_query(texts, batch_size=batch_size, show_progress_bar=progress, normalize_embeddings=True, convert_to_tensor=True).float().cpu()
+
+    def encode_passages(self,
+        texts: list[str], # documents
+        batch_size: int = 32, # texts a batch
+        progress: bool = True, # whether to show a bar
+    ) -> Tensor: # (n, D) unit vectors on the CPU
+        "With the model's own document prompt."
+        return self.model.encode_document(texts, batch_size=batch_size, show_progress_bar=progress, normalize_embeddings=True, convert_to_tensor=True).float().cpu()
+
+# %% ../nbs/16_baselines.ipynb #16e20004
+def load_system(
+    name_or_path: str | Path, # a retriever, a backbone or a sentence-transformers model: a folder or a name on the hub
+) -> Retriever | SentenceEncoder: # either can be given to `evaluate`
+    "Whatever can be measured, by name. Raises FileNotFoundError or ValueError saying what is missing or broken."
+    folder = find_folder(name_or_path)
+    if (folder / "modules.json").exists() and not (folder / "retriever_config.json").exists(): return SentenceEncoder(folder)
+    return Retriever.from_pretrained(name_or_path)

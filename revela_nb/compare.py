@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['log', 'COIR', 'SELF_CONTAINING', 'Comparison', 'compare_runs', 'fuse_ranks', 'scale_scores', 'fuse_scores',
-           'load_rows', 'rows_by_id', 'judged_only', 'load_tables', 'load_bright', 'remove_excluded', 'load_task']
+           'choose_weight', 'known_items', 'load_rows', 'rows_by_id', 'judged_only', 'load_tables', 'load_bright',
+           'remove_excluded', 'load_task']
 
 # %% ../nbs/12_compare.ipynb #6993f3f1
-import logging, math
+import logging, math, random, re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 from datasets import Dataset, load_dataset
 from scipy import stats
 
-from .evaluation import load_beir, score_queries
+from .evaluation import load_beir, score_queries, score_run
 
 # %% ../nbs/12_compare.ipynb #39d88a2a
 @dataclass
@@ -99,6 +100,32 @@ def fuse_scores(
         fused[query] = dict(sorted(scores.items(), key=lambda pair: -pair[1]))
     return fused
 
+# %% ../nbs/12_compare.ipynb #12a10002
+def choose_weight(
+    run_a: dict[str, dict[str, float]], # score by query id and document id, for questions that will not be reported
+    run_b: dict[str, dict[str, float]], # the other run of the same questions
+    qrels: dict[str, dict[str, int]], # their judgements
+    metric: str = "ndcg@10", # what to maximise
+    steps: int = 10, # weights tried: 0, 1/steps, ... 1
+) -> float: # of run A, for `fuse_scores`
+    "The best weight of a fusion on questions set aside for choosing it."
+    def value(weight): return score_run(fuse_scores(run_a, run_b, weight), qrels)[metric]
+    return max((i / steps for i in range(steps + 1)), key=lambda w: (round(value(w), 9), -abs(w - 0.5)))
+
+# %% ../nbs/12_compare.ipynb #12e20002
+def known_items(
+    corpus: dict[str, dict[str, str]], # title and text by document id
+    count: int = 200, # questions at most
+    seed: int = 0, # the same seed picks the same documents
+) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, dict[str, int]]]: # corpus, queries and qrels as `load_beir` gives them
+    "Questions without labels: first sentences, taken out of the documents that they ask for. Raises a ValueError where no document has two sentences."
+    halves = {i: re.split(r"(?<=[.!?:])\s+|\n+", document["text"].strip(), maxsplit=1) for i, document in corpus.items()}
+    usable = [i for i, parts in halves.items() if len(parts) == 2 and min(len(part.split()) for part in parts) >= 4]
+    if not usable: raise ValueError("No document has a first sentence and more after it, of four words each: choose the weight on other questions.")
+    chosen = random.Random(seed).sample(usable, min(count, len(usable)))
+    rest = {i: {"title": "", "text": halves[i][1]} for i in chosen} # a title would repeat the sentence
+    return corpus | rest, {i: halves[i][0] for i in chosen}, {i: {i: 1} for i in chosen}
+
 # %% ../nbs/12_compare.ipynb #1ef5f9e3
 log = logging.getLogger("revela_nb.compare")
 
@@ -178,15 +205,21 @@ COIR = {name.lower(): name for name in ["apps", "cosqa", "codefeedback-mt", "cod
 SELF_CONTAINING = ("arguana", "quora") # BEIR's data sets in which a query is a document of the corpus
 
 def load_task(
-    name: str, # scifact, beir/scifact, CosQA, coir/cosqa, bright/biology, or a folder's name
-    folder: str | Path | None = None, # looked into first, for a folder of that name in BEIR's layout
+    name: str, # scifact, beir/scifact, CosQA, coir/cosqa, bright/biology, a folder's name, or the path of a BEIR folder or .zip
+    folder: str | Path | None = None, # looked into first, for a folder of that name in BEIR's layout, or a .zip of one
     split: str = "test", # which judgements; BRIGHT has one kind only
 ) -> tuple[dict[str, dict[str, str]], dict[str, str], dict[str, dict[str, int]], dict[str, set[str]]]: # corpus, queries, qrels, excluded document ids by query id
     "A data set by name. Raises FileNotFoundError or ValueError naming what is not there or not as expected."
     suite, _, task = name.rpartition("/")
     itself = lambda queries: {q: {q} for q in queries} if task.lower() in SELF_CONTAINING else {}
+    direct = Path(name).expanduser()
+    if direct.suffix == ".zip" or (direct / "corpus.jsonl").is_file() or (direct / "corpus.jsonl.gz").is_file():
+        task = direct.stem
+        corpus, queries, qrels = load_beir(direct, split)
+        return corpus, queries, qrels, itself(queries)
     local = Path(folder).expanduser() / name if folder else None
-    if local and local.is_dir():
+    if local and not local.is_dir() and (zipped := local.with_name(f"{local.name}.zip")).is_file(): local = zipped
+    if local and local.exists():
         corpus, queries, qrels = load_beir(local, split)
         return corpus, queries, qrels, itself(queries)
     if suite.lower() == "bright": return load_bright(task)

@@ -1,5 +1,6 @@
 """Comparison of runs, fusion, suites from the hub (with a stand-in of the hub's exact columns), and mteb's nDCG@10."""
 import math
+import zipfile
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from datasets import Dataset, Features, Value
 from hypothesis import given, settings, strategies as st
 
 import revela_nb.compare as compare
-from revela_nb.compare import compare_runs, fuse_ranks, fuse_scores, load_task, remove_excluded
+from revela_nb.compare import choose_weight, compare_runs, fuse_ranks, fuse_scores, known_items, load_task, remove_excluded
 from revela_nb.evaluation import bm25_run, load_beir, score_queries, score_run
 
 QRELS = {f"q{i}": {"r": 1} for i in range(12)}
@@ -139,3 +140,34 @@ def test_mteb_gives_the_same_ndcg():
     run = {q: {f"d{j}": float(s) for j, s in enumerate(rng.random(50))} for q in qrels}
     theirs = calculate_retrieval_scores(run, qrels, [10, 100])
     assert score_run(run, qrels)["ndcg@10"] == pytest.approx(theirs.ndcg["NDCG@10"], abs=1e-5)
+
+
+def zip_of(folder, target):
+    with zipfile.ZipFile(target, "w") as packed:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()): packed.write(path, f"arguana/{path.relative_to(folder)}")
+    return target
+
+
+def test_a_task_by_the_path_of_a_zip_or_a_folder(tmp_path):
+    folder = tmp_path / "arguana"
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text('{"_id": "q", "text": "mine"}\n{"_id": "d", "text": "answer"}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "mine"}\n')
+    (folder / "qrels" / "test.tsv").write_text("q\td\t1\n")
+    (tmp_path / "zips").mkdir()
+    packed = zip_of(folder, tmp_path / "zips" / "arguana.zip")
+    assert load_task(str(folder)) == load_task(str(packed)) == load_task("arguana", tmp_path / "zips") == (*load_beir(folder), {"q": {"q"}})
+
+
+def test_the_weight_is_chosen_on_the_questions_given():
+    good, bad = {"q": {"a": 2., "b": 1.}}, {"q": {"b": 2., "c": 1.}}
+    assert choose_weight(good, bad, {"q": {"a": 1}}) == .6 and choose_weight(bad, good, {"q": {"a": 1}}) == .4
+    assert choose_weight(good, good, {"q": {"a": 1}}) == .5
+
+
+def test_known_items_leave_no_copy_of_the_question():
+    corpus = {f"d{i}": {"title": f"Number {i} is", "text": f"Number {i} is a fine number. It comes after {i - 1} and some."} for i in range(9)} | {"x": {"title": "", "text": "Short."}}
+    left, queries, qrels = known_items(corpus, 5)
+    assert len(queries) == 5 and qrels == {q: {q: 1} for q in queries} and list(left) == list(corpus) and "x" not in queries
+    assert all(queries[q] not in left[q]["text"] and left[q]["title"] == "" and queries[q] + " " + left[q]["text"] == corpus[q]["text"] for q in queries)
+    assert all(left[i] == corpus[i] for i in corpus.keys() - queries.keys()) and known_items(corpus, 5)[1] == queries

@@ -1,5 +1,5 @@
 """Evaluation: BEIR data in, search, figures equal to beir's and pytrec_eval's, run files, BM25."""
-import gzip, json, logging, random
+import gzip, json, logging, os, random, socket, zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from beir.datasets.data_loader import GenericDataLoader
 from beir.retrieval.evaluation import EvaluateRetrieval
 from hypothesis import given, settings, strategies as st
 
-from revela_nb.evaluation import bm25_run, dense_run, evaluate, load_beir, read_run, score_queries, score_run, search, split_words, write_run
+from revela_nb.evaluation import bm25_run, dense_run, encode_across_processes, evaluate, load_beir, read_run, score_queries, score_run, search, split_words, write_run
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CORPUS = [{"_id": "d1", "title": "Cats", "text": "The cat sat on the warm mat."}, {"_id": "d2", "title": "", "text": "Dogs bark at cats. \u00e9\u2028x"},
@@ -216,3 +216,55 @@ def test_bm25_reference_figures(tmp_path, name, documents, count, figure):
     write_run(run, tmp_path / "x.run")
     raw = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10"}).evaluate(read_run(tmp_path / "x.run"))
     assert abs(sum(s["ndcg_cut_10"] for s in raw.values()) / len(qrels) - score_run(run, qrels)["ndcg@10"]) < 1e-9
+
+
+def zipped(folder, target, inside="set/"):
+    with zipfile.ZipFile(target, "w") as packed:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file()): packed.write(path, f"{inside}{path.relative_to(folder)}")
+    return target
+
+
+@pytest.mark.parametrize("inside", ["set/", ""])
+@pytest.mark.parametrize("gz", [False, True])
+def test_a_zip_holds_what_the_folder_holds(tmp_path, inside, gz):
+    folder = write_set(tmp_path / "set", gz)
+    assert load_beir(zipped(folder, tmp_path / "set.zip", inside)) == load_beir(folder)
+
+
+def test_bad_zips_are_named(tmp_path):
+    path = zipped(write_set(tmp_path / "set"), tmp_path / "x.zip")
+    whole = path.read_bytes()
+    for broken in (b"", b"no zip", whole[:-30], whole.replace(b"The cat", b"The dog", 1)):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="x.zip' is not a whole zip"): load_beir(path)
+    with zipfile.ZipFile(path, "w") as packed: packed.writestr("readme.txt", "none")
+    with pytest.raises(ValueError, match="x.zip' holds 0 corpus.jsonl"): load_beir(path)
+    zipped(write_set(tmp_path / "set", corpus=["{half"]), path)
+    with pytest.raises(ValueError, match=r"x.zip/corpus.jsonl', line 1: not JSON"): load_beir(path)
+    with pytest.raises(FileNotFoundError, match="nothing.zip"): load_beir(tmp_path / "nothing.zip")
+    zipped(write_set(tmp_path / "set"), path)
+    with pytest.raises(FileNotFoundError, match="x.zip.*dev.tsv.*that are there: test"): load_beir(path, "dev")
+
+
+def test_a_zip_writes_nothing_outside(tmp_path):
+    path = zipped(write_set(tmp_path / "set"), tmp_path / "x.zip")
+    with zipfile.ZipFile(path, "a") as packed: packed.writestr(f"../../../../../..{tmp_path}/out/qrels/evil.tsv", "x")
+    load_beir(path)
+    assert not (tmp_path / "out").exists()
+
+
+def share_of_two(rank, world, port, out):
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    seen = []
+    def encode(texts): seen.extend(texts); return torch.tensor([[float(len(t)), float(ord(t[0]))] for t in texts])
+    found = [encode_across_processes(encode, ["a" * i + "b" for i in range(n)]).tolist() for n in (1, 2, 7)]
+    (Path(out) / f"{rank}.json").write_text(json.dumps([found, len(seen)]))
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    torch.multiprocessing.start_processes(share_of_two, (2, port, str(tmp_path)), 2, start_method="fork")
+    results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    expected = [[[i + 1., float(ord("a" if i else "b"))] for i in range(n)] for n in (1, 2, 7)]
+    assert [r[0] for r in results] == [expected, expected]
+    assert sum(r[1] for r in results) == 1 + 2 + 7 and min(r[1] for r in results) > 0 # each text once, and both worked
