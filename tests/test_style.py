@@ -25,7 +25,6 @@ OVER = {
     "06_model": ({"long exported cells": 3, "lines over 135": 19, "plots without fig-alt": 2}, SPLITTING),
     "07_trainer": ({"code lines": 492, "words": 2246, "long exported cells": 4, "lines over 135": 39, "plots without fig-alt": 1}, SPLITTING),
     "08_evaluation": ({"words": 2067, "long exported cells": 4, "lines over 135": 18, "plots without fig-alt": 2}, SPLITTING),
-    "09_demo": ({"long exported cells": 2, "lines over 135": 15}, SPLITTING),
     "09b_grouping": ({"long exported cells": 1, "lines over 135": 13}, SPLITTING),
     "09c_copies": ({"lines over 135": 7}, SPLITTING),
     "10_prepare": ({"cells": 75, "code lines": 630, "long exported cells": 8, "lines over 135": 27}, SPLITTING),
@@ -37,11 +36,10 @@ OVER = {
     "16_baselines": ({"long exported cells": 2, "lines over 135": 20, "plots without fig-alt": 3}, SPLITTING),
     "17_launch": ({"long exported cells": 1, "lines over 135": 15}, SPLITTING),
     "19_cli": ({"cells": 104, "code lines": 958, "words": 2305, "long exported cells": 20, "lines over 135": 66}, SPLITTING),
-    "20_quick_run": ({"lines over 135": 1}, SPLITTING),
     "21_results": ({"lines over 135": 8, "plots without fig-alt": 1}, SPLITTING),
     "23_scaling": ({"lines over 135": 13, "plots without fig-alt": 1}, SPLITTING),
     "24_speed": ({"lines over 135": 12, "plots without fig-alt": 1}, SPLITTING),
-    "30_backbone": ({"words": 1846, "lines over 135": 2}, SPLITTING),
+    "30_backbone": ({"words": 1818}, SPLITTING),
 }
 
 # Chapters below a lower limit. One that has said all is not filled up.
@@ -72,7 +70,8 @@ def kind(cell): return "module" if re.search(r"^class \w+\(.*Module\)", source(c
 
 
 def sizes(cells):
-    "What MOST and LEAST speak of. Hidden cells count too."
+    "What MOST and LEAST speak of. Hidden cells count too, the install cell for Colab does not."
+    cells = [c for c in cells if "google.colab" not in source(c)]
     code = [c for c in cells if c["cell_type"] == "code"]
     exported = [c for c in code if re.search(r"^#\| *exports?\b", source(c), re.M)]
     return {"cells": len(cells), "code lines": sum(len(counted(c)) for c in code),
@@ -115,6 +114,17 @@ def test_the_measure_itself():
 def test_cell_ids_are_unique(name):
     ids = [c["id"] for c in NOTEBOOKS[name]]
     assert len(ids) == len(set(ids)), sorted({i for i in ids if ids.count(i) > 1})
+
+
+COLAB_WAITS = {n for n in NOTEBOOKS if n[:2] in ("01", "02", "03", "04", "05", "06", "07", "08", "10", "11", "12", "13", "14", "15", "16", "17", "19", "21", "22", "23", "24")} | {"09b_grouping", "09c_copies"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xfail(reason="gets its cell when the branches are merged")) if n in COLAB_WAITS else n for n in NOTEBOOKS if n != "00_tour"])
+def test_colab_installs_in_one_cell(name):
+    "The first code cell of readers in Colab: guarded, so that it does nothing elsewhere. The tour needs nothing but torch."
+    first = next(c for c in NOTEBOOKS[name] if c["cell_type"] == "code" and not source(c).startswith("#| default_exp"))
+    assert re.match(r"#\| hide\n#\| eval: false\n", source(first)) and 'if "google.colab" in sys.modules:\n    !git clone' in source(first)
+    assert re.search(r"https://github\.com/(\S+)", source(first))[1] == "revela-nb/revela_nb"
 
 
 def test_spelling(tmp_path):
