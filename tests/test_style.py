@@ -39,7 +39,6 @@ OVER = {
     "21_results": ({"lines over 135": 8, "plots without fig-alt": 1}, SPLITTING),
     "23_scaling": ({"lines over 135": 13, "plots without fig-alt": 1}, SPLITTING),
     "24_speed": ({"lines over 135": 12, "plots without fig-alt": 1}, SPLITTING),
-    "30_backbone": ({"words": 1818}, SPLITTING),
 }
 
 # Chapters below a lower limit. One that has said all is not filled up.
