@@ -1,7 +1,8 @@
 # make docs: the site in _site/ (needs pip install -e '.[docs]'); make serve: look at it; make test-docs: check it
+# make rerun: run every chapter afresh and say which outputs differ from the stored ones (slow; NB='nbs/04_attention.ipynb' for one)
 PYTHON ?= python
 
-.PHONY: docs serve test-docs clean-docs
+.PHONY: docs serve test-docs clean-docs rerun
 docs:
 	$(PYTHON) docs/build.py _site
 
@@ -13,3 +14,6 @@ test-docs:
 
 clean-docs:
 	rm -rf _site docs/_build
+
+rerun:
+	HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(PYTHON) nbs/_refresh.py --check $(NB)

@@ -118,7 +118,7 @@ def reading_order(titles):
             lines.append(f"{stem.split('_')[0]} {title} <{stem}>")
             if stem.endswith("_attention"): lines.append("temperature")
         if lines: toc(part, lines)
-    toc("Reference", ["api/overview", "glossary", "reading", "readers"])
+    toc("Reference", ["api/overview", "glossary", "reading", "comparison", "readers"])
     return "\n\n".join(out)
 
 

@@ -6,7 +6,7 @@
 __all__ = ['log', 'COPIED', 'CHUNK_WORDS', 'TRAIN_LENGTH', 'MAX_LENGTH', 'first_sentence', 'function_nodes',
            'documented_functions', 'docstring_task', 'sample_documents', 'function_documents', 'demo_groups',
            'backbone_folder', 'demo_model', 'train_demo', 'answers', 'versions', 'draw_report', 'finished_folder',
-           'run_demo']
+           'score_systems', 'write_demo', 'run_demo']
 
 # %% ../nbs/09_demo.ipynb #742a5b7b
 import ast, importlib.metadata, itertools, json, logging, platform, random, re, shutil, textwrap, time, warnings
@@ -75,7 +75,8 @@ def docstring_task(
     n_queries:int=500, # how many of them are asked for
     seed:int=0, # draws both samples
 )->tuple[dict, dict, dict]: # BEIR's corpus, queries, qrels
-    "First sentence of a docstring -> the function without its docstring; modules in COPIED are left out. Raises ValueError where there are too few functions."
+    """First sentence of a docstring -> the function without its docstring; modules in COPIED are left out.
+    Raises ValueError where there are too few functions."""
     found, seen = {}, set()
     for module in corpus:
         if module["_id"].removeprefix("stdlib:").split(".")[0] in COPIED: continue
@@ -83,10 +84,12 @@ def docstring_task(
             if query.lower() in seen or code in seen: continue
             seen |= {query.lower(), code}
             found[f"{module['_id'].removeprefix('stdlib:')}.{name}"] = (query, code)
-    if len(found) < n_functions: raise ValueError(f"{len(found)} documented functions are there, {n_functions} are asked for: lower n_functions")
+    if len(found) < n_functions:
+        raise ValueError(f"{len(found)} documented functions are there, {n_functions} are asked for: lower n_functions")
     ids = random.Random(seed).sample(sorted(found), n_functions)
     asked = ids[:n_queries]
-    return {i: {"title": "", "text": found[i][1]} for i in ids}, {i: found[i][0] for i in asked}, {i: {i: 1} for i in asked}
+    documents = {i: {"title": "", "text": found[i][1]} for i in ids}
+    return documents, {i: found[i][0] for i in asked}, {i: {i: 1} for i in asked}
 
 # %% ../nbs/09_demo.ipynb #c865d581
 def sample_documents(
@@ -95,7 +98,8 @@ def sample_documents(
     n_documents:int=3000, # how many are kept
     seed:int=0, # draws the sample
 )->Dataset: # part of `corpus`
-    "A random sample, at most a tenth from one top-level package, without documents that contain a test query word for word. Raises ValueError when nothing is left."
+    """A random sample, at most a tenth from one top-level package, without documents that contain a test query word for word.
+    Raises ValueError when nothing is left."""
     ids, taken, kept, leaks = corpus["_id"][:], Counter(), [], 0
     pattern = re.compile("|".join(re.escape(q) for q in queries.values())) if queries else None
     for i in random.Random(seed).sample(range(len(ids)), len(ids)):
@@ -108,7 +112,7 @@ def sample_documents(
         taken[package] += 1
         kept.append(i)
     if not kept: raise ValueError("no document is left to train on")
-    log.info("%d documents of %d packages to train on; %d left out because they contain a test query", len(kept), len(taken), leaks)
+    log.info("%d documents of %d packages to train on; %d left out: they contain a test query", len(kept), len(taken), leaks)
     return corpus.select(kept)
 
 # %% ../nbs/09_demo.ipynb #9d01fa03
@@ -157,8 +161,11 @@ def demo_model(
     lm = build_lm(backbone)
     lora = 16 if sum(p.numel() for p in lm.parameters()) > 50e6 else None
     if lora: lm = build_lm(backbone, lora=lora)
-    return model_class(Retriever.from_pretrained(backbone, lora=lora, pooling="mean", max_length=MAX_LENGTH), lm, temperature=0.02, value_norm="rescaled")
+    retriever = Retriever.from_pretrained(backbone, lora=lora, pooling="mean", max_length=MAX_LENGTH)
+    return model_class(retriever, lm, temperature=0.02, value_norm="rescaled")
 
+
+# %% ../nbs/09_demo.ipynb #9d01fa08
 def train_demo(
     model:Revela, # what to train, in place
     groups:Dataset, # training groups
@@ -170,9 +177,10 @@ def train_demo(
 )->list[dict]: # the trainer's log: one record every 5 steps
     "Train with the demo's settings."
     lora = hasattr(model.lm, "peft_config")
-    settings = dict(output_dir=str(folder), max_steps=steps, seed=seed, learning_rate=1e-3 if lora else 3e-4,
-        retriever_learning_rate=1e-3 if lora else 6e-4, warmup_steps=min(10, steps), lr_scheduler_type="linear", adam_beta2=0.98, weight_decay=0.01,
-        per_device_train_batch_size=1, logging_steps=5, save_strategy="no", report_to="none", use_cpu=not torch.cuda.is_available(), disable_tqdm=False)
+    settings = dict(output_dir=str(folder), max_steps=steps, seed=seed, warmup_steps=min(10, steps), lr_scheduler_type="linear",
+        learning_rate=1e-3 if lora else 3e-4, retriever_learning_rate=1e-3 if lora else 6e-4, adam_beta2=0.98, weight_decay=0.01,
+        per_device_train_batch_size=1, logging_steps=5, save_strategy="no", report_to="none", disable_tqdm=False,
+        use_cpu=not torch.cuda.is_available())
     args = RevelaArguments(**settings | changes)
     collator = GroupCollator(model.retriever.tokenizer, model.retriever.tokenizer, max_length=max_length)
     trainer = RevelaTrainer(model=model, args=args, train_dataset=groups, data_collator=collator)
@@ -205,10 +213,13 @@ def draw_report(
     "Bars of nDCG@10 and the curves of both streams' losses."
     fig, (left, right) = plt.subplots(1, 2, figsize=(8, 3), dpi=100)
     names = [n for n in ("before", "after", "bm25", "bm25_identifiers_split") if n in report]
-    bars = left.bar([n.replace("bm25", "BM25").replace("_", "\n") for n in names], [report[n]["ndcg@10"] for n in names], color=["C7", "C0", "C1", "C1"])
-    left.bar_label(bars, fmt="%.3f"); left.set(ylabel="nDCG@10", title=f"{report['queries']} queries, {report['functions']} functions"); left.margins(y=.15)
+    labels = [n.replace("bm25", "BM25").replace("_", "\n") for n in names]
+    bars = left.bar(labels, [report[n]["ndcg@10"] for n in names], color=["C7", "C0", "C1", "C1"])
+    left.bar_label(bars, fmt="%.3f"); left.margins(y=.15)
+    left.set(ylabel="nDCG@10", title=f"{report['queries']} queries, {report['functions']} functions")
     steps = [r["step"] for r in report["log"]]
-    for key, label in (("plain_loss", "plain stream"), ("in_batch_loss", "in-batch stream")): right.plot(steps, [r[key] for r in report["log"]], label=label)
+    for key, label in (("plain_loss", "plain stream"), ("in_batch_loss", "in-batch stream")):
+        right.plot(steps, [r[key] for r in report["log"]], label=label)
     right.set(xlabel="step", ylabel="loss (nats/token)", title="language modelling loss"); right.legend()
     fig.tight_layout(); fig.savefig(path); plt.close(fig)
 
@@ -217,7 +228,8 @@ def draw_report(
 def finished_folder(
     out:str|Path, # the folder that shall appear
 )->Iterator[Path]: # a temporary folder beside it to write to
-    "Write to a temporary folder that takes its final name when the block ends well. Raises FileExistsError rather than overwrite somebody's files."
+    """Write to a temporary folder that takes its final name when the block ends well.
+    Raises FileExistsError rather than overwrite somebody's files."""
     out = Path(out).expanduser().absolute()
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "report.json").exists()):
         raise FileExistsError(f"'{out}' exists and is not the result of an earlier demo: choose another --out")
@@ -230,6 +242,31 @@ def finished_folder(
         partial.rename(out)
     finally: shutil.rmtree(partial, ignore_errors=True)
 
+# %% ../nbs/09_demo.ipynb #9d01fa0a
+def score_systems(
+    before:dict, # run of the untrained retriever: score by query id and document id
+    after:dict, # run of the trained one
+    corpus:dict, # BEIR's corpus
+    queries:dict[str, str], # text by query id
+    qrels:dict, # relevance by query id and document id
+)->dict: # figures by system (before, after, bm25, bm25_identifiers_split), `queries` and `functions` (counts), `examples`
+    "Both runs and BM25, with names as they stand and with names split, on the same queries."
+    runs = {"before": before, "after": after, "bm25": bm25_run(corpus, queries),
+            "bm25_identifiers_split": bm25_run(corpus, queries, split_identifiers=True)}
+    scores = {name: score_run(run, qrels) for name, run in runs.items()}
+    return scores | {"queries": len(queries), "functions": len(corpus), "examples": answers(before, after, queries)}
+
+def write_demo(
+    report:dict, # as `run_demo` returns it
+    retriever:Retriever, # the trained one
+    folder:Path, # where report.json, report.png and retriever/ go; the trainer's files there are deleted
+)->None:
+    "What a demo leaves behind."
+    retriever.save_pretrained(folder / "retriever")
+    draw_report(report, folder / "report.png")
+    (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+
 # %% ../nbs/09_demo.ipynb #4c5cb67b
 def run_demo(
     out:str|Path="revela_demo", # folder to write report.json, report.png and the retriever to
@@ -239,7 +276,7 @@ def run_demo(
     n_functions:int=2500, # documents of the test set
     n_queries:int=500, # queries of the test set
 )->dict: # the report
-    "Train a retriever on installed packages, measure it on the standard library. Raises ValueError, FileNotFoundError, FileExistsError."
+    "Train on installed packages, measure on the standard library. Raises ValueError, FileNotFoundError, FileExistsError."
     start = time.time()
     if steps < 1: raise ValueError(f"steps must be at least 1, got {steps}")
     with finished_folder(out) as folder:
@@ -247,18 +284,12 @@ def run_demo(
         corpus, queries, qrels = docstring_task(load_corpus("python:stdlib"), n_functions, n_queries)
         groups = demo_groups(queries, seed)
         model = demo_model(backbone or backbone_folder())
-        log.info("measuring the untrained retriever on %d queries over %d functions", len(queries), len(corpus))
+        log.info("%d queries over %d functions, then %d steps of one group of 16 chunks", len(queries), len(corpus), steps)
         before = dense_run(model.retriever, corpus, queries, progress=True)
-        log.info("training for %d steps of one group of 16 chunks", steps)
         history = train_demo(model, groups, steps, seed, folder / "trainer")
         after = dense_run(model.retriever, corpus, queries, progress=True)
-        report = {"before": score_run(before, qrels), "after": score_run(after, qrels), "bm25": score_run(bm25_run(corpus, queries), qrels),
-                  "bm25_identifiers_split": score_run(bm25_run(corpus, queries, split_identifiers=True), qrels),
-                  "steps": steps, "seconds": round(time.time() - start, 1), "seed": seed, "backbone": backbone or "shipped", "queries": len(queries),
-                  "functions": len(corpus), "groups": len(groups), "threads": torch.get_num_threads(), "versions": versions(),
-                  "examples": answers(before, after, queries), "log": history}
-        model.retriever.save_pretrained(folder / "retriever")
-        draw_report(report, folder / "report.png")
-        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        shutil.rmtree(folder / "trainer", ignore_errors=True)
+        report = score_systems(before, after, corpus, queries, qrels) | {
+            "steps": steps, "seed": seed, "seconds": round(time.time() - start, 1), "backbone": backbone or "shipped",
+            "groups": len(groups), "threads": torch.get_num_threads(), "versions": versions(), "log": history}
+        write_demo(report, model.retriever, folder)
     return report

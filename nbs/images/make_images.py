@@ -1,4 +1,6 @@
-"""Draw pipeline.png and doubled_batch.png, the two pictures of the book: `python nbs/images/make_images.py`."""
+"""Draw the pictures of the book: `python nbs/images/make_images.py`.
+
+pipeline.png, doubled_batch.png, and pipeline-STAGE.png: the pipeline as eight small stages, one of them lit, for the head of each chapter."""
 from pathlib import Path
 
 import matplotlib
@@ -22,7 +24,7 @@ def box(ax, x, y, w, h, title, lines="", color=TEXT, size=12):
     if lines: ax.text(x + w/2, y + (h - .3)/2, lines, ha="center", va="center", fontsize=10.5, linespacing=1.35)
 
 def arrow(ax, start, end, color=INK, **style):
-    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=16, shrinkA=0, shrinkB=0, color=color, **{"linewidth": 1.6, **style}))
+    ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", shrinkA=0, shrinkB=0, color=color, **{"linewidth": 1.6, "mutation_scale": 16, **style}))
 
 def matrix(ax, x, y, side, values, cmap, name):
     n = len(values)
@@ -87,7 +89,51 @@ def draw_doubled_batch():
     ax.text(7.25, .2, "the loss is taken here, from rows B … 2B−1", ha="center", va="center", fontsize=10)
     return fig, ax
 
+STAGES = {"corpus": "chunks", "groups": "groups", "retriever": "retriever", "attention": "attention", "patching": "LM layers", "model": "loss", "trainer": "training",
+          "evaluation": "search"}
+LIT, DIM, PENCIL, WIRE = "#ffcf8a", "#d3d8df", "#4a505a", "#8a919c"     # a box is opaque, a wire of middle grey: both can be read on white and on black paper
+
+def sketch(ax, stage, x, y, ink):
+    "The stage as a sketch 0.6 wide and 0.3 high with its lower left corner at (x, y)."
+    def line(xs, ys, **style): ax.plot([x + v for v in xs], [y + v for v in ys], color=ink, **{"linewidth": 1.6, "solid_capstyle": "round", **style})
+    def square(dx, dy, w, h, fill=None): ax.add_patch(Rectangle((x + dx, y + dy), w, h, facecolor=fill or "none", edgecolor=ink, linewidth=1.2))
+    if stage == "corpus":
+        for k, end in enumerate((.6, .5, .6, .3)): line((0, end), (.28 - .09*k, .28 - .09*k))
+    elif stage == "groups":
+        for k in range(3): square(.02 + .2*k, .05, .16, .2, ink if k < 2 else None)
+    elif stage == "retriever":
+        for dx, dy in ((.52, .26), (.58, .15), (.25, .3)): ax.add_patch(FancyArrowPatch((x, y), (x + dx, y + dy), arrowstyle="-|>", mutation_scale=8, shrinkA=0, shrinkB=0, color=ink, linewidth=1.3))
+    elif stage == "attention":
+        for i, row in enumerate("013 103 310".split()):
+            for j, v in enumerate(row): ax.add_patch(Rectangle((x + .14 + .11*j, y + .22 - .11*i), .1, .1, facecolor=ink, alpha=.15 + .28*int(v), linewidth=0))
+    elif stage == "patching":
+        for k in range(3): square(.05, .01 + .1*k, .5, .08, ink if k == 1 else None)
+    elif stage == "model":
+        line((.05, .3, .55, .55), (.22, .22, .22, .05)); ax.add_patch(FancyArrowPatch((x + .55, y + .05), (x + .03, y + .05), arrowstyle="-|>", mutation_scale=9, shrinkA=0, shrinkB=0, color=ink, linewidth=1.6, linestyle=(0, (3, 1.5))))
+    elif stage == "trainer":
+        xs = [k/20 for k in range(2, 13)]
+        line((0, 0, .62), (.3, 0, 0), linewidth=1); line(xs, [.025/v for v in xs])
+    else:
+        ax.add_patch(plt.Circle((x + .25, y + .17), .13, fill=False, edgecolor=ink, linewidth=1.8)); line((.35, .5), (.08, -.02), linewidth=2.4)
+
+def draw_stage(lit):
+    w, h, gap = 1.42, .82, .3
+    fig, ax = canvas(4*w + 3*gap + .16, 2*h + .46)
+    for k, (stage, label) in enumerate(STAGES.items()):
+        x, y, on = .08 + (k % 4)*(w + gap), .08 + (1 - k//4)*(h + .3), stage == lit
+        ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0,rounding_size=.09", facecolor=LIT if on else DIM, edgecolor="#b3541e" if on else DIM, linewidth=3 if on else 1))
+        sketch(ax, stage, x + w/2 - .3, y + .4, "#5c2a0a" if on else PENCIL)
+        ax.text(x + w/2, y + .18, f"{k + 1}  {label}", ha="center", va="center", fontsize=12, color="#2b1404" if on else "#343941", weight="bold" if on else "normal")
+        if k % 4: arrow(ax, (x - gap + .03, y + h/2), (x - .02, y + h/2), WIRE, mutation_scale=14)
+    middle, right, left = .08 + h + .15, .08 + 3*(w + gap) + w/2, .08 + w/2
+    ax.plot([right, right, left], [.08 + h + .3, middle, middle], color=WIRE, linewidth=1.6)
+    arrow(ax, (left, middle + .01), (left, .08 + h + .01), WIRE, mutation_scale=11)
+    return fig, ax
+
 if __name__ == "__main__":
+    for stage in STAGES:
+        fig, _ = draw_stage(stage)
+        fig.savefig(HERE / f"pipeline-{stage}.png", transparent=True); plt.close(fig)
     for name, draw in (("pipeline", draw_pipeline), ("doubled_batch", draw_doubled_batch)):
         fig, _ = draw()
         fig.savefig(HERE / f"{name}.png", facecolor="white"); plt.close(fig)

@@ -1,0 +1,138 @@
+"""The house style's sizes, the width of code, cell ids, pictures in words, and spelling."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = {p.stem: json.loads(p.read_text(encoding="utf-8"))["cells"] for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))}
+MOST = {"cells": 70, "code lines": 400, "words": 1800, "long exported cells": 0, "lines over 135": 0, "plots without fig-alt": 0}
+LEAST = {"cells": 40, "code lines": 250, "words": 1000}
+LINES = {"module": 60, "other": 25}             # of one exported cell: an nn.Module, and all else
+
+# Chapters over a limit: what they may have at most, and why. Shorten a chapter, and its line here has to go or to shrink: the tests say so.
+SPLITTING = "is being split or shortened (issue 6)"
+OVER = {
+    "01_corpus": ({"lines over 135": 12}, SPLITTING),
+    "01b_reading": ({"cells": 72, "code lines": 517, "long exported cells": 7, "lines over 135": 23}, SPLITTING),
+    "02_batching": ({"words": 1857, "long exported cells": 2, "lines over 135": 17, "plots without fig-alt": 2}, SPLITTING),
+    "03_retriever": ({"cells": 88, "code lines": 592, "words": 2408, "long exported cells": 6, "lines over 135": 28, "plots without fig-alt": 3}, SPLITTING),
+    "04_attention": ({"cells": 74, "words": 2270, "long exported cells": 1, "lines over 135": 11, "plots without fig-alt": 2}, SPLITTING),
+    "05_patching": ({"long exported cells": 2, "lines over 135": 21, "plots without fig-alt": 1}, SPLITTING),
+    "06_model": ({"long exported cells": 3, "lines over 135": 19, "plots without fig-alt": 2}, SPLITTING),
+    "07_trainer": ({"code lines": 492, "words": 2246, "long exported cells": 4, "lines over 135": 39, "plots without fig-alt": 1}, SPLITTING),
+    "08_evaluation": ({"words": 2067, "long exported cells": 4, "lines over 135": 18, "plots without fig-alt": 2}, SPLITTING),
+    "09b_grouping": ({"long exported cells": 1, "lines over 135": 13}, SPLITTING),
+    "09c_copies": ({"lines over 135": 7}, SPLITTING),
+    "10_prepare": ({"cells": 75, "code lines": 630, "long exported cells": 8, "lines over 135": 27}, SPLITTING),
+    "11_index": ({"long exported cells": 3, "lines over 135": 7, "plots without fig-alt": 1}, SPLITTING),
+    "12_compare": ({"lines over 135": 28, "plots without fig-alt": 3}, SPLITTING),
+    "13_export": ({"long exported cells": 1, "lines over 135": 9}, SPLITTING),
+    "14_bench": ({"long exported cells": 4, "lines over 135": 21}, SPLITTING),
+    "15_serve": ({"lines over 135": 8}, SPLITTING),
+    "16_baselines": ({"long exported cells": 2, "lines over 135": 20, "plots without fig-alt": 3}, SPLITTING),
+    "17_launch": ({"long exported cells": 1, "lines over 135": 15}, SPLITTING),
+    "19_cli": ({"cells": 104, "code lines": 958, "words": 2305, "long exported cells": 20, "lines over 135": 66}, SPLITTING),
+    "21_results": ({"lines over 135": 8, "plots without fig-alt": 1}, SPLITTING),
+    "23_scaling": ({"lines over 135": 13, "plots without fig-alt": 1}, SPLITTING),
+    "24_speed": ({"lines over 135": 12, "plots without fig-alt": 1}, SPLITTING),
+}
+
+# Chapters below a lower limit. One that has said all is not filled up.
+RECORD = "reads recorded runs: tables and plots, nothing to build"
+ONE_IDEA = "one idea, said; filling it up would not teach more"
+SHORT = {
+    "00_tour": ONE_IDEA,
+    "01_corpus": ONE_IDEA,
+    "09b_grouping": ONE_IDEA,
+    "09c_copies": ONE_IDEA,
+    "13_export": ONE_IDEA,
+    "14_bench": ONE_IDEA,
+    "15_serve": ONE_IDEA,
+    "17_launch": ONE_IDEA,
+    "20_quick_run": RECORD,
+    "21_results": RECORD,
+    "23_scaling": RECORD,
+    "24_speed": RECORD,
+    "30_backbone": RECORD,
+}
+
+
+def source(cell): return "".join(cell["source"])
+def counted(cell): return [line for line in source(cell).splitlines() if line.strip() and not line.strip().startswith("#|")]
+
+
+def kind(cell): return "module" if re.search(r"^class \w+\(.*Module\)", source(cell), re.M) else "other"
+
+
+def sizes(cells):
+    "What MOST and LEAST speak of. Hidden cells count too, the install cell for Colab does not."
+    cells = [c for c in cells if "google.colab" not in source(c)]
+    code = [c for c in cells if c["cell_type"] == "code"]
+    exported = [c for c in code if re.search(r"^#\| *exports?\b", source(c), re.M)]
+    return {"cells": len(cells), "code lines": sum(len(counted(c)) for c in code),
+            "words": sum(len(source(c).split()) for c in cells if c["cell_type"] == "markdown"),
+            "long exported cells": sum(len(counted(c)) > LINES[kind(c)] for c in exported),
+            "lines over 135": sum(len(line) > 135 and not line.startswith("#|") for c in code for line in source(c).splitlines()),
+            "plots without fig-alt": sum(any("image/png" in o.get("data", {}) for o in c["outputs"]) and not re.search(r"^#\| *fig-alt:", source(c), re.M) for c in code)}
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_no_chapter_is_over_the_limits(name):
+    allowed = MOST | OVER.get(name, ({}, ""))[0]
+    found = sizes(NOTEBOOKS[name])
+    assert not {k: (found[k], most) for k, most in allowed.items() if found[k] > most}, "what is: (found, allowed)"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_short_chapters_are_short_for_a_reason(name):
+    found = sizes(NOTEBOOKS[name])
+    assert name in SHORT or not {k: (found[k], least) for k, least in LEAST.items() if found[k] < least}, "what is: (found, least)"
+
+
+def test_exceptions_are_needed_and_have_reasons():
+    assert set(OVER) | set(SHORT) <= set(NOTEBOOKS), "exceptions for chapters that are gone"
+    idle = [(name, what) for name, (limits, _) in OVER.items() for what in limits if sizes(NOTEBOOKS[name])[what] <= MOST[what]]
+    idle += [name for name in SHORT if all(sizes(NOTEBOOKS[name])[k] >= least for k, least in LEAST.items())]
+    assert not idle, f"no longer needed, take them out: {idle}"
+    assert all(len(why) > 20 for why in [*SHORT.values(), *(w for _, w in OVER.values())])
+
+
+def test_the_measure_itself():
+    cell = lambda kind, text, **more: {"cell_type": kind, "source": [text], "outputs": [], **more}
+    png = [{"output_type": "display_data", "data": {"image/png": ""}}]
+    cells = [cell("markdown", "three words here"), cell("code", "#| export\ndef f():\n" + "    x = 1\n\n"*25), cell("code", "#| export\nclass A(nn.Module):\n" + "    x = 1\n"*59),
+             cell("code", "#| hide\n" + "x"*136, outputs=png), cell("code", '#| fig-alt: "a line"\nplot()', outputs=png)]
+    assert sizes(cells) == {"cells": 5, "code lines": 26 + 60 + 1 + 1, "words": 3, "long exported cells": 1, "lines over 135": 1, "plots without fig-alt": 1}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xfail(reason="being split; mended when its parts are merged")) if n == "01b_reading" else n for n in NOTEBOOKS])
+def test_cell_ids_are_unique(name):
+    ids = [c["id"] for c in NOTEBOOKS[name]]
+    assert len(ids) == len(set(ids)), sorted({i for i in ids if ids.count(i) > 1})
+
+
+COLAB_WAITS = {n for n in NOTEBOOKS if n[:2] in ("01", "02", "03", "04", "05", "06", "07", "08", "10", "11", "12", "13", "14", "15", "16", "17", "19", "21", "22", "23", "24")} | {"09b_grouping", "09c_copies"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xfail(reason="gets its cell when the branches are merged")) if n in COLAB_WAITS else n for n in NOTEBOOKS if n != "00_tour"])
+def test_colab_installs_in_one_cell(name):
+    "The first code cell of readers in Colab: guarded, so that it does nothing elsewhere. The tour needs nothing but torch."
+    first = next(c for c in NOTEBOOKS[name] if c["cell_type"] == "code" and not source(c).startswith("#| default_exp"))
+    assert re.match(r"#\| hide\n#\| eval: false\n", source(first)) and 'if "google.colab" in sys.modules:\n    !git clone' in source(first)
+    assert re.search(r"https://github\.com/(\S+)", source(first))[1] == "revela-nb/revela_nb"
+
+
+def test_spelling(tmp_path):
+    "Notebooks (prose and code), the site's pages, README and the like. Words of ours that codespell does not know, and misspellings on purpose, are in --ignore-words-list."
+    pytest.importorskip("codespell_lib", reason="needs codespell: pip install -e '.[dev]'")
+    for name, cells in NOTEBOOKS.items(): (tmp_path / f"{name}.txt").write_text("\n\n".join(map(source, cells)), encoding="utf-8")
+    (tmp_path / "wrong.txt").write_text("A sentance with teh usual faults.")
+    files = [*tmp_path.glob("*.txt"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*.py"), *ROOT.glob("*.md"), *(ROOT / "nbs").glob("*.py")]
+    done = subprocess.run([sys.executable, "-m", "codespell_lib", "--ignore-words-list", "docment,docments,caf,heterogenous", *files], capture_output=True, text=True)
+    faults = [line.removeprefix(f"{tmp_path}/") for line in done.stdout.splitlines()]
+    assert len([f for f in faults if f.startswith("wrong.txt")]) == 2, "codespell itself finds nothing"
+    assert not [f for f in faults if not f.startswith("wrong.txt")]
