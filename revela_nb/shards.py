@@ -22,7 +22,8 @@ from xxhash import xxh3_64, xxh3_64_intdigest
 from .copies import FINGERPRINT, fingerprint_texts
 from .corpus import chunk_text
 from .grouping import EMBEDDING, parse_strategy
-from .reading import PYTHON, Skipped, folder_files, stream_documents
+from .readers import Skipped, folder_files
+from .reading import PYTHON, stream_documents
 
 # %% ../nbs/09d_shards.ipynb #134810cd
 log = logging.getLogger("revela_nb.shards")
