@@ -120,7 +120,8 @@ def check_grouping(
         raise ValueError(f"run_length must divide group_size: {run_length} does not divide {group_size}.")
     missing = [name for name in ("_id", "doc_id", "text") if name not in chunks.column_names]
     if missing:
-        raise ValueError(f"The chunks have no column {missing}; their columns are {chunks.column_names}. Cut the corpus with chunk_corpus first.")
+        raise ValueError(f"The chunks have no column {missing}; their columns are {chunks.column_names}. "
+                         "Cut the corpus with chunk_corpus first.")
     if len(chunks) < group_size:
         raise ValueError(f"{len(chunks)} chunks do not fill one group of {group_size}. "
                          "Bring more text, or take a smaller group_size or shorter chunks.")

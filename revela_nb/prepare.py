@@ -24,8 +24,8 @@ from .batching import GROUP_FEATURES
 from .copies import FINGERPRINT, NEAR_BANDS, find_copies
 from .grouping import EMBEDDING, group_by, parse_strategy
 from .reading import hub_rows
-from .shards import (STATE, PrepareOptions, check_options, intact, load_chunks, load_columns, save_array, save_file, save_json, split_rows,
-                              stage_bar, stream_shards)
+from .shards import (STATE, PrepareOptions, check_options, intact, load_chunks, load_columns, save_array, save_file,
+                              save_json, split_rows, stage_bar, stream_shards)
 
 # %% ../nbs/10_prepare.ipynb #c78c7795
 log = logging.getLogger("revela_nb.prepare")
@@ -52,7 +52,8 @@ def read_chunks(
     if "read" in state and len(intact(folder, state["read"]["shards"])) == len(state["read"]["shards"]): return
     drop_after(state, "read")
     state["read"] = stream_shards(options, folder, progress, streaming)
-    if not any(shard["chunks"] for shard in state["read"]["shards"]): raise ValueError(f"'{options.source}' holds no chunk of {options.min_words} words or more.")
+    if not any(shard["chunks"] for shard in state["read"]["shards"]):
+        raise ValueError(f"'{options.source}' holds no chunk of {options.min_words} words or more.")
     save_json(folder / STATE, state)
 
 # %% ../nbs/10_prepare.ipynb #7fca0910
@@ -154,7 +155,8 @@ def kept_texts(
 ) -> Iterator[list[str]]: # some thousand at a time
     "The texts of some chunks, in their order."
     for shard, rows in split_rows(shards, numbers):
-        for block in np.array_split(rows, len(rows) // 5000 + 1): yield load_chunks(folder / shards[shard]["file"], ["text"], block)["text"].to_pylist()
+        for block in np.array_split(rows, len(rows) // 5000 + 1):
+            yield load_chunks(folder / shards[shard]["file"], ["text"], block)["text"].to_pylist()
 
 # %% ../nbs/10_prepare.ipynb #2581dcba
 def group_chunks(
@@ -166,7 +168,8 @@ def group_chunks(
     "Stage 3: (G, B) chunk numbers, in random order, as `groups.npy`. Raises a ValueError for too few chunks."
     if "group" in state and intact(folder, [state["group"]]): return
     drop_after(state, "group")
-    shares, kept, shards, rng = parse_strategy(options.strategy), np.load(folder / "kept.npy"), state["read"]["shards"], np.random.default_rng(options.seed)
+    shares, shards = parse_strategy(options.strategy), state["read"]["shards"]
+    kept, rng = np.load(folder / "kept.npy"), np.random.default_rng(options.seed)
     if EMBEDDING & set(shares): embed_chunks(options, folder, shards, progress)
     documents = load_columns(folder, shards, "doc")[kept]
     deal = rng.random(state["read"]["documents"]) # every document to one strategy
@@ -175,12 +178,14 @@ def group_chunks(
     for number, strategy in enumerate(shares):
         mine = np.flatnonzero(part == number)
         with stage_bar("group", len(mine), "chunk", progress) as bar:
-            made = group_by(strategy, documents[mine], options.group_size, options.run_length, options.seed, lambda: kept_texts(folder, shards, kept[mine]),
-                            lambda: kept_vectors(folder, shards, kept[mine]), bar)
+            made = group_by(strategy, documents[mine], options.group_size, options.run_length, options.seed,
+                            lambda: kept_texts(folder, shards, kept[mine]), lambda: kept_vectors(folder, shards, kept[mine]), bar)
         groups.append(kept[mine][made])
         counts[strategy] = len(made)
     groups = rng.permutation(np.concatenate(groups))
-    if not len(groups): raise ValueError(f"{len(kept)} chunks do not fill one group of {options.group_size}. Bring more text, or take a smaller group_size or shorter chunks.")
+    if not len(groups):
+        raise ValueError(f"{len(kept)} chunks do not fill one group of {options.group_size}. "
+                         "Bring more text, or take a smaller group_size or shorter chunks.")
     entry = save_file(folder / "groups.npy", lambda partial: save_array(partial, groups))
     state["group"] = entry | {"groups": counts, "chunks that fill no group": int(len(kept) - groups.size)}
     save_json(folder / STATE, state)
@@ -195,7 +200,10 @@ def pick_rows(
     bounds = np.cumsum([shard["chunks"] for shard in shards])
     order = np.argsort(numbers, kind="stable")
     which = np.searchsorted(bounds, numbers[order], side="right")
-    parts = [load_chunks(folder / shards[shard]["file"], ["_id", "text"], numbers[order][which == shard] - (bounds[shard] - shards[shard]["chunks"])) for shard in np.unique(which)]
+    parts = []
+    for shard in np.unique(which):
+        rows = numbers[order][which == shard] - (bounds[shard] - shards[shard]["chunks"])
+        parts.append(load_chunks(folder / shards[shard]["file"], ["_id", "text"], rows))
     return pa.concat_tables(parts).combine_chunks().take(pa.array(np.argsort(order)))
 
 def group_table(
@@ -224,7 +232,8 @@ def write_shards(
         for number in range(len(state["write"]), total):
             some = groups[number * options.shard_groups:(number + 1) * options.shard_groups]
             table = group_table(pick_rows(folder, shards, some.ravel()), options.group_size)
-            entry = save_file(out / f"groups-{number:05}-of-{total:05}.parquet", lambda partial: pq.write_table(table, partial, compression="zstd"))
+            path = out / f"groups-{number:05}-of-{total:05}.parquet"
+            entry = save_file(path, lambda partial: pq.write_table(table, partial, compression="zstd"))
             state["write"].append(entry | {"groups": len(some)})
             save_json(folder / STATE, state)
             bar.update(len(some))
@@ -236,17 +245,19 @@ def check_folder(
     out: Path, # where the result shall go
     options: PrepareOptions, # what is asked for
 ) -> str: # "new", "begun" or "finished"
-    "What the folder holds. Raises FileExistsError for somebody's files, a ValueError that names the option for a folder with other options."
+    "What the folder holds. Raises FileExistsError for somebody's files, a ValueError that names the options that differ."
     if not out.exists() or (out.is_dir() and not any(out.iterdir())): return "new"
     record = next((path for path in (out / MANIFEST, out / WORK / STATE) if path.is_file()), None)
     if record is None:
         if out.is_dir() and [path.name for path in out.iterdir()] == [WORK]: return "new" # killed before the first line of its record
         raise FileExistsError(f"'{out}' exists and holds nothing that 'revela prepare' made: choose another --out.")
     try: there = json.loads(record.read_text(encoding="utf-8"))["options"]
-    except (ValueError, KeyError, TypeError) as error: raise ValueError(f"'{record}' is damaged ({error}): remove '{out}', or choose another --out.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{record}' is damaged ({error}): remove '{out}', or choose another --out.") from error
     now = asdict(options)
-    different = [f"{name} is {there.get(name)!r} there and {now.get(name)!r} now" for name in sorted(there.keys() | now.keys()) if there.get(name) != now.get(name)]
-    if different: raise ValueError(f"'{out}' was prepared with other options ({'; '.join(different)}): take the same ones, or another --out.")
+    names = [name for name in sorted(there.keys() | now.keys()) if there.get(name) != now.get(name)]
+    different = "; ".join(f"{name} is {there.get(name)!r} there and {now.get(name)!r} now" for name in names)
+    if different: raise ValueError(f"'{out}' was prepared with other options ({different}): take the same ones, or another --out.")
     if record.name == STATE: return "begun"
     shards = json.loads(record.read_text(encoding="utf-8"))["shards"]
     return "finished" if len(intact(out, shards)) == len(shards) else "new"
@@ -259,8 +270,9 @@ def make_manifest(
     "What somebody must know to trust the groups, or to make them again."
     read, picked, grouped = state["read"], state["pick"], state["group"]
     counts = {"documents read": read["documents"], "chunks cut": sum(shard["chunks"] for shard in read["shards"])}
-    counts |= {name: picked[name] for name in ("documents with an earlier id", "exact copies", "near copies")} | {"chunks kept": picked["chunks"]}
-    counts |= {"groups": sum(grouped["groups"].values()), "groups by strategy": grouped["groups"], "chunks that fill no group": grouped["chunks that fill no group"]}
+    counts |= {name: picked[name] for name in ("documents with an earlier id", "exact copies", "near copies")}
+    counts |= {"chunks kept": picked["chunks"], "groups": sum(grouped["groups"].values()), "groups by strategy": grouped["groups"],
+               "chunks that fill no group": grouped["chunks that fill no group"]}
     packages = ("revela_nb", "bm25s", "datasets", "faiss-cpu", "numpy", "pyarrow", "rensa", "scipy")
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     return {"options": asdict(options), "counts": counts, "left out": read["skipped"], "versions": versions, "shards": state["write"]}
@@ -292,7 +304,7 @@ def prepare_share(
     streaming: bool = False, # of a hub data set: keep no copy of it
     progress: bool = False, # show bars
 ) -> int: # shards that are this share's
-    "Read, cut and embed every n-th shard and stop there; `prepare_corpus` finds them and finishes. Raises what that raises, a ValueError for no share."
+    "Read, cut and embed every n-th shard and stop; `prepare_corpus` finds them and finishes. Raises what that raises."
     if not 0 <= share[0] < share[1]: raise ValueError(f"A share is K/N with K from 0 to N-1, not {share[0]}/{share[1]}.")
     out = Path(out).expanduser()
     check_options(options)
@@ -313,7 +325,7 @@ def prepare_corpus(
     streaming: bool = False, # of a hub data set: keep no copy of it
     workers: int = 1, # processes that read, cut and embed
 ) -> dict: # the manifest
-    "Groups from a corpus of any size, in stages on disk; called again after a kill it goes on. Raises FileNotFoundError, FileExistsError or ValueError."
+    "Groups from a corpus of any size; called again after a kill it goes on. Raises FileNotFoundError, FileExistsError or ValueError."
     out = Path(out).expanduser()
     check_options(options)
     if check_folder(out, options) == "finished": return json.loads((out / MANIFEST).read_text(encoding="utf-8"))
@@ -341,10 +353,13 @@ def read_prepared(
 ) -> Dataset: # columns ids, texts, mapped from disk
     "The groups of a prepared folder. Raises FileNotFoundError for a folder without manifest, a ValueError for a damaged one."
     folder = Path(folder).expanduser()
-    if not (folder / MANIFEST).is_file(): raise FileNotFoundError(f"'{folder}' holds no {MANIFEST}: 'revela prepare' has not finished there; start it again.")
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(f"'{folder}' holds no {MANIFEST}: 'revela prepare' has not finished there; start it again.")
     shards = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["shards"]
     good = intact(folder, shards)
-    if len(good) < len(shards): raise ValueError(f"'{folder / shards[len(good)]['file']}' is missing or damaged: start 'revela prepare' again with the options of {MANIFEST}.")
+    if len(good) < len(shards):
+        damaged = folder / shards[len(good)]["file"]
+        raise ValueError(f"'{damaged}' is missing or damaged: start 'revela prepare' again with the options of {MANIFEST}.")
     return load_dataset("parquet", data_files=[str(folder / shard["file"]) for shard in shards], split="train")
 
 # %% ../nbs/10_prepare.ipynb #725e08e9

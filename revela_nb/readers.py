@@ -42,95 +42,6 @@ class Skipped:
         "What was left out, in words, with the first places of each reason."
         return [f"{n:,} {reason} ({', '.join(self.places[reason])}{', ...' if n > 3 else ''})" for reason, n in self.counts.items()]
 
-# %% ../nbs/01b_readers.ipynb #576f5b0e
-class CountedFile(io.FileIO):
-    "A file that adds the bytes it reads to `skipped.bytes_read`."
-    def __init__(self, path, skipped):
-        super().__init__(path)
-        self.skipped = skipped
-
-    def readinto(self, buffer):
-        n = super().readinto(buffer)
-        self.skipped.bytes_read += n
-        return n
-
-def open_bytes(
-    path: str | Path, # plain, or gzipped where it ends in .gz
-    skipped: Skipped, # counts the bytes read
-): # a binary file. Raises an OSError, while reading also EOFError or zlib.error
-    "A file's unpacked bytes."
-    file = io.BufferedReader(CountedFile(path, skipped), 2**20)
-    return gzip.GzipFile(fileobj=file) if str(path).lower().endswith(".gz") else file
-
-def read_text(
-    path: str | Path, # a text file
-    skipped: Skipped, # receives the path where it cannot be read
-) -> str | None: # None where it cannot be read
-    "A UTF-8 file's text, its line ends as \\n."
-    try:
-        with io.TextIOWrapper(open_bytes(path, skipped), encoding="utf-8-sig") as file: return file.read()
-    except UnicodeDecodeError: skipped.add("files that are not UTF-8", str(path))
-    except (OSError, EOFError, zlib.error) as error: skipped.add("files that cannot be opened", f"{path}: {getattr(error, 'strerror', None) or error}")
-
-def first_heading(
-    text: str, # md, rst or plain text
-) -> str: # "" where there is none
-    "The first Markdown (# or underlined) or reStructuredText heading among the first lines."
-    match = re.search(r"^#{1,6}[ \t]+(?P<md>\S.*?)[ \t#]*$|^(?P<rst>\S.*)\n(?P<c>[=~^*+-])(?P=c){2,}[ \t]*$", text[:4000], re.M)
-    return (match["md"] or match["rst"]).strip() if match else ""
-
-def read_plain(
-    path: Path, # a txt, md, rst or py file
-    name: str, # becomes the document's id
-    skipped: Skipped, # receives what is left out
-) -> Iterator[tuple[str, str, str]]: # id, title, text
-    "One document from a file of text; its title is the first heading, or else the file's name."
-    text = read_text(path, skipped)
-    if text is None: return
-    heading = "" if ".py" in path.suffixes else first_heading(text)
-    yield name, heading or path.name, text
-
-# %% ../nbs/01b_readers.ipynb #cdd167f4
-class HtmlText(HTMLParser):
-    "Collects the visible text and the title of a page."
-    HIDDEN = frozenset("script style template noscript".split())
-    BLOCKS = frozenset("address article aside blockquote br dd div dl dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 header hr li main nav ol p pre section table td th tr ul".split())
-
-    def __init__(self):
-        super().__init__(convert_charrefs=True)
-        self.parts, self.titles, self.stack = [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        if tag in self.BLOCKS: self.parts.append("\n")
-        if tag in self.HIDDEN or tag in ("pre", "title"): self.stack.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag in self.BLOCKS: self.parts.append("\n")
-        if tag in self.stack: del self.stack[self.stack.index(tag):]   # also closes what was left open inside
-
-    def handle_data(self, data):
-        if self.HIDDEN.intersection(self.stack): return
-        if "title" in self.stack: self.titles.append(data)
-        elif "pre" in self.stack: self.parts.append(data)
-        else:
-            data = re.sub(r"\s+", " ", data)
-            if self.parts and self.parts[-1].endswith("\n"): data = data.lstrip()
-            if data: self.parts.append(data)
-
-def read_html(
-    path: Path, # an html file
-    name: str, # becomes the document's id
-    skipped: Skipped, # receives what is left out
-) -> Iterator[tuple[str, str, str]]: # id, title, text
-    "One document from a page: its visible text, titled by <title>, else by the file's name."
-    page = read_text(path, skipped)
-    if page is None: return
-    parser = HtmlText()
-    parser.feed(page)
-    parser.close()
-    text = trim_chunk(re.sub(r"[ \t]*\n\s*\n", "\n\n", "".join(parser.parts)))
-    yield name, " ".join("".join(parser.titles).split()) or path.name, text
-
 # %% ../nbs/01b_readers.ipynb #2ec1a0b2
 class CountedFile(io.FileIO):
     "A file that adds the bytes it reads to `skipped.bytes_read`."
@@ -159,7 +70,8 @@ def read_text(
     try:
         with io.TextIOWrapper(open_bytes(path, skipped), encoding="utf-8-sig") as file: return file.read()
     except UnicodeDecodeError: skipped.add("files that are not UTF-8", str(path))
-    except (OSError, EOFError, zlib.error) as error: skipped.add("files that cannot be opened", f"{path}: {getattr(error, 'strerror', None) or error}")
+    except (OSError, EOFError, zlib.error) as error:
+        skipped.add("files that cannot be opened", f"{path}: {getattr(error, 'strerror', None) or error}")
 
 # %% ../nbs/01b_readers.ipynb #f0e19602
 def first_heading(
@@ -184,7 +96,8 @@ def read_plain(
 class HtmlText(HTMLParser):
     "Collects the visible text and the title of a page."
     HIDDEN = frozenset("script style template noscript".split())
-    BLOCKS = frozenset("address article aside blockquote br dd div dl dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 header hr li main nav ol p pre section table td th tr ul".split())
+    BLOCKS = frozenset("address article aside blockquote br dd div dl dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 header hr "
+                       "li main nav ol p pre section table td th tr ul".split())
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
@@ -232,7 +145,8 @@ def read_notebook(
     text = read_text(path, skipped)
     if text is None: return
     try: cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
-    except (ValueError, TypeError, KeyError, RecursionError) as error: return skipped.add("files that cannot be parsed", f"{path}: {type(error).__name__}: {error}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        return skipped.add("files that cannot be parsed", f"{path}: {type(error).__name__}: {error}")
     text = "\n\n".join(cells)
     yield name, first_heading(text) or path.name, text
 
@@ -343,11 +257,13 @@ def read_parquet(
         if not usable: skipped.add("files without a column 'text'", f"{path} has {file.schema_arrow.names}")
         for batch in file.iter_batches(batch_size=1000, columns=known) if usable else []:
             for number, row in enumerate(batch.to_pylist(), number + 1): yield from row_documents(row, f"{name}:{number}", skipped)
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error: skipped.add("files broken off", f"{path} after row {number}: {error}")
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        skipped.add("files broken off", f"{path} after row {number}: {error}")
 
 # %% ../nbs/01b_readers.ipynb #8ce4068f
-READERS = {".txt": read_plain, ".md": read_plain, ".rst": read_plain, ".py": read_plain, ".html": read_html, ".htm": read_html, ".ipynb": read_notebook,
-           ".pdf": read_office, ".docx": read_office, ".csv": read_csv, ".parquet": read_parquet, ".jsonl": read_jsonl} # each also with .gz behind
+READERS = {".txt": read_plain, ".md": read_plain, ".rst": read_plain, ".py": read_plain, ".html": read_html, ".htm": read_html,
+           ".ipynb": read_notebook, ".pdf": read_office, ".docx": read_office, ".csv": read_csv, ".parquet": read_parquet,
+           ".jsonl": read_jsonl} # each also with .gz behind
 
 def find_reader(
     path: Path, # a file

@@ -109,7 +109,7 @@ def check_options(
         raise ValueError(f"The strategy '{options.strategy}' embeds the chunks: name a retriever (--retriever FOLDER).")
 
 # %% ../nbs/09d_shards.ipynb #616417d2
-UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff]") # control signs but tab and line end, soft hyphens, spaces without width
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u200b\u2060\ufeff]") # control signs, soft hyphens, spaces without width
 
 def clean_text(
     text: str, # as it was read
@@ -148,7 +148,8 @@ def save_chunks(
         columns.append(pa.FixedSizeBinaryArray.from_buffers(pa.binary(FINGERPRINT), len(rows), [None, pa.py_buffer(prints.tobytes())]))
     schema = pa.schema(list(CHUNK_SCHEMA)[:len(columns)])
     def write(partial):
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer: writer.write_batch(pa.record_batch(columns, schema=schema))
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(pa.record_batch(columns, schema=schema))
     return save_file(path, write) | {"chunks": len(rows)}
 
 def load_chunks(
@@ -163,7 +164,8 @@ def load_chunks(
 
 # %% ../nbs/09d_shards.ipynb #a1547307
 STATE = "state.json"
-CHANGED = "'{}' has changed since this folder was begun, so that the two parts would not fit: prepare it into another --out, or remove this one."
+CHANGED = ("'{}' has changed since this folder was begun, so that the two parts would not fit: "
+           "prepare it into another --out, or remove this one.")
 
 def stage_bar(
     stage: str, # shown in front
@@ -223,7 +225,8 @@ class ChunkShards:
     ) -> None:
         "End the shard, and leave beside it what it holds."
         mark = {"documents": documents, "key": self.digest.hexdigest()}
-        if self.found and any(self.found[0][name] != value for name, value in mark.items()): raise ValueError(CHANGED.format(self.options.source))
+        if self.found and any(self.found[0][name] != value for name, value in mark.items()):
+            raise ValueError(CHANGED.format(self.options.source))
         if self.mine:
             self.found = [save_chunks(self.path, self.rows, self.options.near) | mark]
             save_json(self.record, self.found[0])
@@ -246,7 +249,8 @@ def stream_shards(
             bar.update(skipped.bytes_read - place)
             place = skipped.bytes_read
             shards.add(documents - 1, id, text)
-    if not documents: raise ValueError(f"'{options.source}' holds no usable text. Left out: {'; '.join(skipped.lines()) or 'nothing'}.")
+    if not documents:
+        raise ValueError(f"'{options.source}' holds no usable text. Left out: {'; '.join(skipped.lines()) or 'nothing'}.")
     if shards.size: shards.close(documents)
     if shards.found: raise ValueError(CHANGED.format(options.source)) # a shard behind the end
     for line in skipped.lines(): log.warning("'%s': left out %s", options.source, line)

@@ -385,3 +385,24 @@ def test_published_groups_of_both_line_formats(tmp_path, monkeypatch, name):
     monkeypatch.setattr(corpus, "load_dataset", lambda *a, **k: datasets.load_dataset(*a, cache_dir=str(tmp_path / "cache"), **k))
     assert read_groups(name)["texts"][:] == [["one\u2028line", "two"], ["three", "four"]]
     assert [list(corpus.hub_rows(name, "train", streaming)) for streaming in (False, True)] == [[["one\u2028line", "two"], {"src": "so", "text": ["three", "four"]}]] * 2
+
+
+@pytest.mark.parametrize("strategy", ["cluster", "remine"])
+def test_groups_by_the_shipped_retriever(tmp_path, monkeypatch, strategy):
+    "The real backbone embeds: cats go to cats and lists to lists; shares make the same bytes, and nothing is embedded twice."
+    from revela_nb.retriever import Retriever
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shards, "SHARD_TEXT", 1500)
+    cats = [f"The {a} cat {b} on the {c} mat and purrs." for a in ("old", "grey", "fat", "shy") for b in ("sat", "sleeps", "lies", "eats") for c in ("warm", "red")]
+    code = [f"def {a}_{b}(items): return [{a}({b}) for {b} in items]" for a in ("load", "save", "check", "print") for b in ("row", "name", "key", "line", "file", "url", "cell", "tag")]
+    Path("rows.jsonl").write_text("".join(json.dumps({"_id": f"{kind}{n}", "text": text}) + "\n" for n in range(32) for kind, text in (("cat", cats[n]), ("code", code[n]))))
+    options = PrepareOptions("rows.jsonl", group_size=4, min_words=1, near=0, strategy=strategy, retriever=str(Path(prepare.__file__).parent / "backbone"))
+    prepare_corpus(options, "whole")
+    kinds = [[id[:3] for id in row["ids"]] for row in rows("whole")]
+    assert len(kinds) == 16 and sum(len(set(kind)) == 1 for kind in kinds) >= 14               # by chance: 2
+    for k in (1, 0): prepare_share(options, "shared", (k, 2))
+    assert len(list(Path("shared/work").glob("vectors-*.npy"))) >= 2
+    def refuse(*args, **kwargs): raise AssertionError("embedded again")
+    monkeypatch.setattr(Retriever, "from_pretrained", refuse)
+    prepare_corpus(options, "shared")
+    assert content(Path("shared")) == content(Path("whole"))
