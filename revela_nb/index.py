@@ -240,7 +240,7 @@ def cached_chunks(
         with replacing_folder(path) as partial: chunks.save_to_disk(str(partial))
     return chunks
 
-# %% ../nbs/11_index.ipynb #d709e832
+# %% ../nbs/11_index.ipynb #6be7d314
 def dense_searcher(
     retriever: Retriever, # the model
     chunks: Dataset, # to search in
@@ -253,7 +253,7 @@ def dense_searcher(
     place = folder / f"index-{fingerprint}-{text_key(''.join(keys))[:16]}"
     try: index = load_index(place, fingerprint)[0]
     except (FileNotFoundError, ValueError) as error:
-        log.debug("%s", error)
+        if isinstance(error, ValueError): log.warning("%s; done now", error)
         index = build_index(encode_cached(retriever, texts, folder, progress=progress))[0]
         save_index(index, keys, fingerprint, place)
     def answer(query, k):

@@ -85,6 +85,7 @@ class SpanningReading:
     weights: Tensor # (k, B, B) my rows of the in-batch weights, a block for every rank
     key_mask: Tensor # (k, B, L) bool, True at real tokens, of all ranks
     value_norm: str # "unit", "rescaled" or "none"
+    min_weight: float | None = None # pairs with this weight or less are left out; None: exact to rounding
     layers: int = 0 # counts the attention layers that were reached
 
 def spanning_attention(
@@ -104,7 +105,8 @@ def spanning_attention(
     r.layers += 1
     keys, values = GatherRows.apply(torch.stack([key[:B], value[:B]])).unbind(1)       # (k, B, Hkv, L, D) each
     norm, scale = ("unit", value_scale(values.flatten(0, 1), r.key_mask.flatten(0, 1), "rescaled")) if r.value_norm == "rescaled" else (r.value_norm, 1.0)
-    cross = sum(cross_chunk_attention(query[B:], k, v, w, m, scaling, norm) for k, v, w, m in zip(keys, values, r.weights, r.key_mask)) * scale
+    blocks = zip(keys, values, r.weights, r.key_mask)
+    cross = sum(cross_chunk_attention(query[B:], k, v, w, m, scaling, norm, r.min_weight) for k, v, w, m in blocks) * scale
     return torch.cat([out[:B], out[B:] + cross.transpose(1, 2).to(out.dtype)]), None
 
 # %% ../nbs/06_model.ipynb #34443be8
@@ -129,6 +131,7 @@ def spanning_forward(
     weights:Tensor, # (B, kB) my rows of the in-batch weights
     labels:Tensor, # (B, L) -100 = no loss
     value_norm:str="unit", # "unit", "rescaled" or "none"
+    min_weight:float|None=None, # leave out pairs with this weight or less; None: exact to rounding
 )->InBatchOutput: # .loss and .plain_loss: means over *my* tokens
     "`in_batch_forward` for one process's share of a group that spans all of them. Every process must call it. Raises ValueError, TypeError."
     model, B = base_lm(lm), len(input_ids)
@@ -137,7 +140,7 @@ def spanning_forward(
         AttentionMaskInterface.register(SPANNING, sdpa_mask)
         model.set_attn_implementation(SPANNING)
     positions = labelled_positions(labels, attention_mask)
-    reading = SpanningReading(weights.view(B, -1, B).transpose(0, 1), GatherRows.apply(attention_mask).bool(), value_norm)
+    reading = SpanningReading(weights.view(B, -1, B).transpose(0, 1), GatherRows.apply(attention_mask).bool(), value_norm, min_weight)
     with head_reads(model, positions.repeat(2, 1)): logits = lm(**double(input_ids, attention_mask), use_cache=False, revela_reading=reading).logits
     expected = model.config.get_text_config().num_hidden_layers
     if reading.layers < expected: raise TypeError(f"{type(model).__name__}: only {reading.layers} of {expected} layers call the attention interface; it cannot be patched")
@@ -157,6 +160,7 @@ class Revela(nn.Module):
         freeze_lm:bool=False, # train the retriever alone
         gather_chunks:bool=False, # all chunks of a step are one group, over all rows of the batch and all processes
         learn_temperature:bool=False, # make the temperature a parameter
+        min_weight:float|None=None, # leave out pairs with this weight or less: faster, and off by at most their weights; None: exact to rounding
     ):
         "Raises TypeError for an LM that cannot be patched, ValueError for a wrong option."
         super().__init__()
@@ -164,7 +168,8 @@ class Revela(nn.Module):
         if value_norm not in VALUE_NORMS: raise ValueError(f"value_norm must be one of {VALUE_NORMS}, got {value_norm!r}")
         if not temperature > 0: raise ValueError(f"temperature must be above 0, got {temperature}")
         self.retriever, self.lm = retriever, lm
-        self.value_norm, self.dual_loss, self.gather_chunks = value_norm, dual_loss, gather_chunks
+        if min_weight is not None and not 0 <= min_weight < 1: raise ValueError(f"min_weight must be in [0, 1), got {min_weight}")
+        self.value_norm, self.min_weight, self.dual_loss, self.gather_chunks = value_norm, min_weight, dual_loss, gather_chunks
         self.log_temperature = nn.Parameter(torch.tensor([math.log(temperature)])) if learn_temperature else None
         self.fixed_temperature = temperature
         if freeze_lm: lm.requires_grad_(False)
@@ -211,6 +216,7 @@ class Revela(nn.Module):
         similarity = queries @ passages.T                                             # (B, B), or (kB, kB)
         weights = self.weigh(similarity, group_size)
         if spans: similarity, weights = (x.view(-1, len(input_ids), x.shape[1])[dist.get_rank()] for x in (similarity, weights)) # my rows
-        out = (spanning_forward if spans else in_batch_forward)(self.lm, input_ids, attention_mask, weights, labels, self.value_norm)
+        forward = spanning_forward if spans else in_batch_forward
+        out = forward(self.lm, input_ids, attention_mask, weights, labels, self.value_norm, min_weight=self.min_weight)
         loss = out.loss + out.plain_loss if self.dual_loss else out.loss
         return RevelaOutput(loss, out.loss.detach(), out.plain_loss.detach(), similarity.detach(), weights.detach())

@@ -4,7 +4,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from revela_nb.attention import VALUE_NORMS, cross_chunk_attention, cross_chunk_einsum, in_batch_weights
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from revela_nb import attention
+from revela_nb.attention import VALUE_NORMS, cross_chunk_attention, cross_chunk_einsum, in_batch_weights, read_by_sdpa, select_pairs
 
 
 def layer(n, heads, kv_heads, length, dim, seed, dtype=torch.float32):
@@ -94,3 +97,88 @@ def test_a_weight_that_is_nan_shows():
     w[0, 1] = float("nan")
     out = cross_chunk_attention(q, k, v, w, torch.ones(3, 4, dtype=torch.bool))
     assert out[0].isnan().any() and out[1:].isfinite().all()
+
+
+class SdpaInstead:
+    "What GPUs and low precision run, in the place of the matrix products."
+    @staticmethod
+    def apply(query, key, value, weights, keep): return read_by_sdpa(query, key.transpose(0, 1), value.transpose(0, 1), weights, keep)
+
+
+@settings(max_examples=15, deadline=None)
+@given(groups=st.integers(1, 3), b=st.integers(1, 4), kv=st.integers(1, 2), share=st.integers(1, 3), length=st.integers(1, 7),
+       dim=st.sampled_from([4, 8, 20]), seed=st.integers(0, 1000), norm=st.sampled_from(VALUE_NORMS), temperature=st.sampled_from([1e-4, 0.1, 2.0]), pairs=st.sampled_from([1, 3, 256]))
+def test_the_gpu_path_is_the_cpu_path(groups, b, kv, share, length, dim, seed, norm, temperature, pairs):
+    q, k, v, mask, similarity = layer(groups * b, kv * share, kv, length, dim, seed)
+    results = []
+    for path in (SdpaInstead, attention.ReadByMatmul):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "ReadByMatmul", path)
+            patch.setattr(attention, "PAIRS", pairs)
+            leaves = [x.clone().requires_grad_() for x in (q, k, v, similarity)]
+            out = cross_chunk_attention(*leaves[:3], in_batch_weights(leaves[3], temperature, b), mask, None, norm)
+            (out * out.detach().cos()).sum().backward()
+        results.append([out, *(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves)])
+    for gpu, cpu in zip(*results): torch.testing.assert_close(gpu, cpu, atol=3e-4, rtol=3e-4)
+
+
+@pytest.mark.parametrize("norm", ["unit", "none"])
+def test_gradcheck_of_the_gpu_path(norm, monkeypatch):
+    monkeypatch.setattr(attention, "ReadByMatmul", SdpaInstead)
+    q, k, v, mask, similarity = layer(4, 2, 1, 3, 4, 2, torch.float64)
+    leaves = [x.requires_grad_() for x in (q, k, v, similarity)]
+    assert torch.autograd.gradcheck(lambda q, k, v, s: cross_chunk_attention(q, k, v, in_batch_weights(s, 0.5, 2), mask, None, norm), leaves)
+
+
+@pytest.mark.parametrize("norm", VALUE_NORMS)
+@pytest.mark.parametrize("temperature", [1.0, 0.02])
+def test_bf16_gradients_stay_close(norm, temperature):
+    q, k, v, mask, s = layer(6, 4, 2, 16, 16, 10)
+    s, grads = 0.1 * s, []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (q, k, v)] + [s.clone().requires_grad_()]
+        out = cross_chunk_attention(*leaves[:3], in_batch_weights(leaves[3], temperature, 3), mask, None, norm).float()
+        out.square().sum().backward()
+        grads.append([out, *(x.grad.float() for x in leaves)])
+    for exact, rounded in zip(*grads): assert (rounded - exact).norm() < 0.04 * exact.norm()       # bf16 keeps 8 bits: 0.4 % a number
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(2, 8), length=st.integers(1, 5), seed=st.integers(0, 1000), temperature=st.sampled_from([1.0, 0.1, 0.01, 1e-4]), exponent=st.floats(-6, -0.5))
+def test_threshold_loses_at_most_the_weights_left_out(n, length, seed, temperature, exponent):
+    q, k, v, mask, similarity = layer(n, 2, 1, length, 8, seed)
+    w, threshold = in_batch_weights(0.1 * similarity, temperature), 10 ** exponent
+    error = (cross_chunk_attention(q, k, v, w, mask, min_weight=threshold) - cross_chunk_einsum(q, k, v, w, mask)).norm(dim=-1)     # (N, H, L)
+    assert (error <= (w * (w <= threshold)).sum(1)[:, None, None] + 1e-5).all()
+    assert (cross_chunk_attention(q, k, v, w, mask) - cross_chunk_einsum(q, k, v, w, mask)).abs().max() < 1e-5                       # the default loses nothing
+
+
+class Written(TorchDispatchMode):
+    "Numbers that matrix products write, and the largest tensor that anything makes."
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if torch.is_tensor(out):
+            self.largest = max(self.largest, out.numel())
+            if "bmm" in str(func): self.products += out.numel()
+        return out
+
+
+def written(weights, length=32):
+    q, k, v = (torch.randn(len(weights), h, length, 8, generator=torch.Generator().manual_seed(0), requires_grad=True) for h in (4, 2, 2))
+    with Written() as counted: cross_chunk_attention(q, k, v, weights, torch.ones(len(weights), length, dtype=torch.bool)).sum().backward()
+    return counted
+
+
+def test_cost_grows_with_pairs_and_memory_does_not(monkeypatch):
+    "No tensor is larger than the queries, and what the matrix products write is proportional to the pairs, however many chunks there are."
+    monkeypatch.setattr(attention, "BLOCK", 4 * 32 * 32 * 2) # two pairs of 4 heads and 32 tokens
+    w = in_batch_weights(torch.rand(16, 16, generator=torch.Generator().manual_seed(0)), 1.0)
+    dense, groups = written(w), written(in_batch_weights(torch.rand(16, 16, generator=torch.Generator().manual_seed(0)), 1.0, 4))
+    alone = written(in_batch_weights(torch.rand(4, 4, generator=torch.Generator().manual_seed(0)), 1.0))
+    assert groups.products == 4 * alone.products                     # four groups in one batch cost four groups
+    assert dense.products > 4 * groups.products                      # 240 pairs against 48
+    assert max(dense.largest, groups.largest) <= 16 * 4 * 32 * (8 + 1)     # the einsum holds 16 * 16 * 4 * 32 * 32 numbers, 57 times as many

@@ -29,6 +29,12 @@ def models(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    "No test touches the user's cache."
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def notes(tmp_path, monkeypatch):
     "A folder of good and bad files; the test runs beside it."
@@ -78,7 +84,7 @@ def ndcg(run_file, qrels_file):
 
 
 def test_help_and_version(capsys):
-    for words in (["--help"], *([c, "--help"] for c in ("demo", "prepare", "train", "evaluate", "search", "export", "bench"))):
+    for words in (["--help"], *([c, "--help"] for c in ("demo", "prepare", "train", "evaluate", "search", "serve", "export", "bench"))):
         assert main(words) == 0
         said = capsys.readouterr().out
         assert "revela" in said and (words == ["--help"] or "examples:\n  revela " + words[0] in said)
@@ -362,6 +368,42 @@ def test_search_prints_ranked_passages(notes, models, capsys):
     assert scores == sorted(scores, reverse=True) and all("#" in line.split()[2] for line in lines[::2])
     assert main(["search", "bm25", "--corpus", "notes", "rivers and boats", "--k", "1", "--max-words", "10"]) == 0
     assert "r1#0" in capsys.readouterr().out
+
+
+def test_search_again_says_lines_and_encodes_only_what_changed(notes, models, capsys, monkeypatch):
+    import io
+    words = ["search", str(models / "llama"), "--corpus", "notes", "--index", "kept", "--max-words", "10", "--k", "3"]
+    assert main([*words, "warm cats"]) == 0
+    first, err = capsys.readouterr()
+    assert ", 8 of them new" in err and "searched in 0." in err
+    assert main([*words, "warm cats"]) == 0
+    again, err = capsys.readouterr()
+    assert again == first and "of them new" not in err
+    for line in first.splitlines()[::2]:
+        chunk, place = line.split()[2:4]
+        if place != chunk:
+            path, number = place.rsplit(":", 1)
+            assert Path(path).read_text().splitlines()[int(number) - 1].strip()
+    assert "notes/pets.md:" in first or "notes/deep/lists.txt:" in first
+    Path("notes/new.txt").write_text("One more file about boats.")
+    monkeypatch.setattr("sys.stdin", io.StringIO("boats\nwarm cats\n\n"))
+    assert main([*words, "--interactive"]) == 0
+    out, err = capsys.readouterr()
+    assert ", 1 of them new" in err and len(out.splitlines()) == 12
+
+
+def test_serve_refuses_other_hosts_before_any_work(notes, models, capsys):
+    refused(capsys, ["serve", str(models / "llama"), "--corpus", "notes", "--host", "0.0.0.0"], "this machine only")
+    refused(capsys, ["serve", "bm25", "--corpus", "notes", "--port", "0"], "--port")
+
+
+def test_serve_hands_two_searchers_to_the_page(notes, models, monkeypatch):
+    handed = {}
+    monkeypatch.setattr("revela_nb.serve.serve_page", lambda searchers, *rest: handed.update(searchers))
+    assert main(["serve", str(models / "llama"), "--corpus", "notes", "--max-words", "10"]) == 0
+    assert list(handed) == [str(models / "llama"), "bm25"]
+    place, text, score = handed["bm25"]("calm cat", 1)[0]
+    assert place.startswith("notes/pets.md:") and "calm" in text and score > 0
 
 
 def test_errors_have_their_status(monkeypatch, capsys):

@@ -151,3 +151,14 @@ def test_trains_under_bf16_autocast(lm):
     assert abs(loss2 - loss) < 0.02
     assert torch.nn.functional.cosine_similarity(grad2, grad, dim=0) > 0.999
     assert 0.98 < grad2.norm() / grad.norm() < 1.02
+
+
+def test_a_head_that_scales_its_logits_is_run_in_whole():
+    "Granite divides its logits: the loss head's shortcut must notice, and the loss must be that of the model's own logits."
+    torch.manual_seed(0)
+    granite = tf.GraniteForCausalLM(tf.GraniteConfig(**SMALL, logits_scaling=4.0))
+    ids, mask = pad(rows([6, 3, 5]), 6)
+    quick, whole = (in_batch_forward(granite, ids, mask, weights(), return_logits=r) for r in (False, True))
+    torch.testing.assert_close((quick.loss, quick.plain_loss), (whole.loss, whole.plain_loss))
+    granite.config.logits_scaling = 1.0
+    assert abs(in_batch_forward(granite, ids, mask, weights()).loss - quick.loss) > 1e-4
