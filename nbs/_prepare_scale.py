@@ -1,6 +1,6 @@
 """What `revela prepare` costs against the size of a corpus; fills results/prepare.json, one run after another.
 
-usage: python nbs/_prepare_scale.py [--sizes 10000 50000 200000 1000000] [--strategies document bm25] [--near 0.8] [--parts 1]
+usage: python nbs/_prepare_scale.py [--sizes 10000 50000 200000 1000000] [--strategies document bm25] [--near 0.8] [--retriever FOLDER]
 
 The corpus is made here: copies of ../shared/data/devdocs_python in which every copy after the first puts its own number behind half of the words of four
 letters or more, so that copies share half of their words and none is a near copy of another. A run has a process of its own, so that its peak memory is its own."""
@@ -53,9 +53,10 @@ def cpu_seconds():
     return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 
 
-def measure_run(source, out, strategy, near):
+def measure_run(source, out, strategy, near, retriever):
     "Prepare once; print a record as JSON."
     import revela_nb.prepare as prepare
+    from revela_nb.shards import PrepareOptions
     stages, start = {}, peak_mib()
     def timed(stage):
         def call(*args, **options):
@@ -66,7 +67,7 @@ def measure_run(source, out, strategy, near):
         return call
     for name in STAGES: setattr(prepare, name, timed(getattr(prepare, name)))
     wall, cpu = time.perf_counter(), cpu_seconds()
-    counts = prepare.prepare_corpus(prepare.PrepareOptions(source, strategy=strategy, near=near), out)["counts"]
+    counts = prepare.prepare_corpus(PrepareOptions(source, strategy=strategy, near=near, retriever=retriever or None), out)["counts"]
     print(json.dumps({"strategy": strategy, "near": near, "chunks_cut": counts["chunks cut"], "chunks_kept": counts["chunks kept"], "exact": counts["exact copies"],
                       "near_copies": counts["near copies"], "groups": counts["groups"], "seconds": round(time.perf_counter() - wall, 1), "cpu_seconds": round(cpu_seconds() - cpu, 1),
                       "peak_mib": peak_mib(), "start_mib": start, "load": round(os.getloadavg()[0], 1), "stages": stages}))
@@ -86,19 +87,20 @@ if __name__ == "__main__":
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 50_000, 200_000, 1_000_000])
     parser.add_argument("--strategies", nargs="+", default=["document", "bm25"])
     parser.add_argument("--near", type=float, default=0.8)
+    parser.add_argument("--retriever", default="", help="for the strategies cluster and remine")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "prepare_scale"), help="keeps the corpora")
     parser.add_argument("--results", type=Path, default=HERE / "results/prepare.json")
-    parser.add_argument("--run", nargs=4, metavar=("SOURCE", "OUT", "STRATEGY", "NEAR"), help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=5, metavar=("SOURCE", "OUT", "STRATEGY", "NEAR", "RETRIEVER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
-        measure_run(args.run[0], args.run[1], args.run[2], float(args.run[3]))
+        measure_run(*args.run[:3], float(args.run[3]), args.run[4])
         sys.exit()
     args.folder.mkdir(exist_ok=True)
     for strategy in args.strategies:
         for size in args.sizes:
             source, out = args.folder / f"corpus-{size}.jsonl", args.folder / f"groups-{os.getpid()}"
             make_corpus(source, size)
-            done = subprocess.run([sys.executable, __file__, "--run", str(source), str(out), strategy, str(args.near)], stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run([sys.executable, __file__, "--run", str(source), str(out), strategy, str(args.near), args.retriever], stdout=subprocess.PIPE, text=True, check=True)
             print(done.stdout.strip(), flush=True)
             store(json.loads(done.stdout), args.results)
             shutil.rmtree(out)

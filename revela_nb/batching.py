@@ -24,7 +24,7 @@ log = logging.getLogger("revela_nb.batching")
 def cut_runs(
     doc_ids: list[str], # of every chunk, in corpus order
     run_length: int, # chunks in a run
-) -> tuple[np.ndarray, np.ndarray]: # (R, run_length) chunk numbers; (R,) the run's document as a number, its own negative number where pooled
+) -> tuple[np.ndarray, np.ndarray]: # (R, run_length) chunk numbers; (R,) the run's document, a negative number where pooled
     "Runs of neighbouring chunks of one document; what is left of each document is pooled, in corpus order, into further runs."
     _, documents, counts = np.unique(doc_ids, return_inverse=True, return_counts=True)
     order = np.argsort(documents, kind="stable") # chunks of one document together, in their order
@@ -92,7 +92,7 @@ def make_groups(
     seed: int = 0, # the same seed gives the same groups
     run_length: int = 4, # "document" only: neighbouring chunks in a run; group_size gives one document a group
 ) -> Dataset: # columns `ids` and `texts`, lists of exactly group_size; groups in random order
-    "Put related chunks into groups (Revela section 4). Raises a ValueError for too few chunks, an unknown strategy or sizes that do not fit."
+    "Related chunks as groups (Revela section 4). Raises a ValueError for too few chunks, an unknown strategy or sizes that do not fit."
     check_grouping(chunks, group_size, strategy, run_length)
     rng = np.random.default_rng(seed)
     if strategy == "document":
@@ -103,9 +103,10 @@ def make_groups(
     log.info("%s groups of %d by '%s'; %d of %s chunks fill no group and are left out", f"{len(groups):,}", group_size, strategy,
              len(chunks) - groups.size, f"{len(chunks):,}")
     ids, texts = chunks["_id"][:], chunks["text"][:]
-    return Dataset.from_dict({"ids": [[ids[i] for i in group] for group in groups], "texts": [[texts[i] for i in group] for group in groups]},
-                             features=GROUP_FEATURES)
+    columns = {"ids": [[ids[i] for i in group] for group in groups], "texts": [[texts[i] for i in group] for group in groups]}
+    return Dataset.from_dict(columns, features=GROUP_FEATURES)
 
+# %% ../nbs/02_batching.ipynb #5be07d19
 def check_grouping(
     chunks: Dataset, # see `make_groups`
     group_size: int, # see `make_groups`
@@ -118,9 +119,12 @@ def check_grouping(
     if strategy == "document" and (run_length < 1 or group_size % run_length):
         raise ValueError(f"run_length must divide group_size: {run_length} does not divide {group_size}.")
     missing = [name for name in ("_id", "doc_id", "text") if name not in chunks.column_names]
-    if missing: raise ValueError(f"The chunks have no column {missing}; their columns are {chunks.column_names}. Cut the corpus with chunk_corpus first.")
+    if missing:
+        raise ValueError(f"The chunks have no column {missing}; their columns are {chunks.column_names}. "
+                         "Cut the corpus with chunk_corpus first.")
     if len(chunks) < group_size:
-        raise ValueError(f"{len(chunks)} chunks do not fill one group of {group_size}. Bring more text, or take a smaller group_size or shorter chunks.")
+        raise ValueError(f"{len(chunks)} chunks do not fill one group of {group_size}. "
+                         "Bring more text, or take a smaller group_size or shorter chunks.")
 
 # %% ../nbs/02_batching.ipynb #a07d67a3
 def token_ids(
@@ -129,8 +133,8 @@ def token_ids(
     limit: int, # tokens kept of each text, from its start
 ) -> list[list[int]]: # no special tokens, not padded
     "Token ids of texts, cut here and not by the tokenizer, whose own truncation settings stay untouched."
-    rows = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return [list(row[:limit]) for row in rows]
+    rows = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, return_attention_mask=False, verbose=False)
+    return [list(row[:limit]) for row in rows["input_ids"]]
 
 def pad_rows(
     rows: list[list[int]], # token ids of different lengths, at least one each
@@ -175,13 +179,15 @@ class GroupCollator:
     ) -> dict[str, Tensor | int]: # three (G*B, L) inputs with their masks, `labels`, and the int `group_size`
         "Stack all chunks of all groups. Raises a ValueError for groups of different sizes."
         sizes = {len(row["texts"]) for row in rows}
-        if len(sizes) != 1 or 0 in sizes: raise ValueError(f"A batch needs groups of one size with at least one chunk; these have {sorted(sizes)} chunks.")
+        if len(sizes) != 1 or 0 in sizes:
+            raise ValueError(f"A batch needs groups of one size with at least one chunk; these have {sorted(sizes)} chunks.")
         texts = [text for row in rows for text in row["texts"]]
         fractions = [row.get("query_fraction", self.query_fraction) for row in rows for _ in row["texts"]]
         passages, queries = self.retriever_rows(texts, fractions)
         bare = [row or [self.lm_tokenizer.eos_token_id] for row in token_ids(self.lm_tokenizer, texts, self.max_length)]
         batch = {"group_size": sizes.pop()}
-        for name, ids, tokenizer in [("query_", queries, self.retriever_tokenizer), ("passage_", passages, self.retriever_tokenizer), ("", bare, self.lm_tokenizer)]:
+        tokenizers = self.retriever_tokenizer, self.retriever_tokenizer, self.lm_tokenizer
+        for name, ids, tokenizer in zip(("query_", "passage_", ""), (queries, passages, bare), tokenizers):
             batch[name + "input_ids"], batch[name + "attention_mask"] = pad_rows(ids, padding_id(tokenizer))
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return batch

@@ -134,7 +134,8 @@ def prepare_folder(
     args:argparse.Namespace, # of `revela prepare`
 )->None:
     "`revela prepare` into a folder: shards and a manifest."
-    from revela_nb.prepare import PrepareOptions, prepare_corpus
+    from revela_nb.prepare import prepare_corpus
+    from revela_nb.shards import PrepareOptions
     options = PrepareOptions(**{item.name: getattr(args, item.name) for item in fields(PrepareOptions)})
     counts = prepare_corpus(options, args.out, progress=sys.stderr.isatty(), streaming=args.streaming)["counts"]
     for name, count in counts.items(): log.info("%s: %s", name, count)

@@ -25,7 +25,7 @@ def shingles(
 # %% ../nbs/09c_copies.ipynb #573afc06
 NEAR_SLOTS, NEAR_BANDS = 128, 16 # numbers of a signature; bands of eight, of which one must agree whole
 FINGERPRINT = 4 * NEAR_BANDS + NEAR_SLOTS # bytes a chunk
-MIXERS = np.random.default_rng(0).integers(2**63, size=NEAR_SLOTS // NEAR_BANDS, dtype=np.uint64) * np.uint64(2) + np.uint64(1) # odd numbers
+MIXERS = np.random.default_rng(0).integers(2**63, size=8, dtype=np.uint64) * np.uint64(2) + np.uint64(1) # odd numbers
 
 def fingerprint_texts(
     texts: list[str], # chunks
@@ -56,8 +56,11 @@ def bucket_pairs(
     keys = keys[order]
     start = np.flatnonzero(np.diff(keys, prepend=keys[:1] ^ 1)) if n else np.empty(0, np.int64) # where a bucket begins
     first = order[np.repeat(start, np.diff(start, append=n))]
-    pairs = [order * n + first] + [order[back:][keys[back:] == keys[:-back]] * n + order[:-back][keys[back:] == keys[:-back]] for back in range(1, LOOK_BACK + 1)]
-    return np.unique(np.concatenate([pairs[0][order != first], *pairs[1:]]))
+    pairs = [(order * n + first)[order != first]]
+    for back in range(1, LOOK_BACK + 1):
+        equal = np.flatnonzero(keys[back:] == keys[:-back])
+        pairs.append(order[equal + back] * n + order[equal])
+    return np.unique(np.concatenate(pairs))
 
 # %% ../nbs/09c_copies.ipynb #f696294e
 def find_copies(

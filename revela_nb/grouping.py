@@ -31,7 +31,8 @@ def parse_strategy(
     for part in text.split(","):
         name, _, share = part.strip().partition(":")
         if name not in STRATEGIES:
-            raise ValueError(f"There is no strategy {name!r}; there are {', '.join(STRATEGIES)}, and mixtures such as 'document:0.5,bm25:0.5'.")
+            known = f"{', '.join(STRATEGIES)}, and mixtures such as 'document:0.5,bm25:0.5'"
+            raise ValueError(f"There is no strategy {name!r}; there are {known}.")
         try: shares[name] = float(share or 1)
         except ValueError: raise ValueError(f"The share of {name!r} must be a number, not {share!r}.") from None
         if not 0 < shares[name] < math.inf: raise ValueError(f"The share of {name!r} must be above 0, not {share}.")
@@ -50,7 +51,8 @@ def weigh_words(
     if set(vocabulary) <= {""}: raise ValueError("No chunk holds a word that BM25 could match; take the strategy 'document' or 'random'.")
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
     index.index((ids, vocabulary), show_progress=False)
-    table = sparse.csr_matrix((index.scores["data"], index.scores["indices"], index.scores["indptr"]), shape=(len(index.scores["indptr"]) - 1, len(ids)))
+    parts = [index.scores[name] for name in ("data", "indices", "indptr")]
+    table = sparse.csr_matrix(tuple(parts), shape=(len(parts[2]) - 1, len(ids)))
     return table[np.arange(table.shape[0]) != vocabulary.get("", -1)]
 
 # %% ../nbs/09b_grouping.ipynb #ff988965
@@ -98,7 +100,7 @@ class WordIndex:
 
 # %% ../nbs/09b_grouping.ipynb #47b30377
 def greedy_groups(
-    nearest: Callable[[np.ndarray, np.ndarray, int], list[np.ndarray]], # (seeds, free, k) -> for every seed up to k free chunks, the nearest first
+    nearest: Callable[[np.ndarray, np.ndarray, int], list[np.ndarray]], # (seeds, free, k) -> up to k free chunks each, nearest first
     n: int, # chunks
     group_size: int, # B
     rng: np.random.Generator, # the order of the seeds
@@ -122,7 +124,8 @@ def greedy_groups(
             bar.update(group_size)
         waiting = np.concatenate([np.array(again, dtype=waiting.dtype), waiting])
     rest = np.flatnonzero(free)
-    return np.concatenate([np.array(groups, dtype=np.int64).reshape(-1, group_size), rest[:len(rest) // group_size * group_size].reshape(-1, group_size)])
+    last = rest[:len(rest) // group_size * group_size].reshape(-1, group_size)
+    return np.concatenate([np.array(groups, dtype=np.int64).reshape(-1, group_size), last])
 
 # %% ../nbs/09b_grouping.ipynb #542a2dfa
 class VectorIndex:
@@ -148,7 +151,8 @@ class VectorIndex:
     ) -> list[np.ndarray]: # for every seed up to k chunk numbers, by falling score
         "The free chunks nearest to each seed."
         chosen = faiss.IDSelectorBitmap(np.packbits(free, bitorder="little"))
-        how = faiss.SearchParametersIVF(sel=chosen, nprobe=16) if isinstance(self.index, faiss.IndexIVF) else faiss.SearchParameters(sel=chosen)
+        cells = isinstance(self.index, faiss.IndexIVF)
+        how = faiss.SearchParametersIVF(sel=chosen, nprobe=16) if cells else faiss.SearchParameters(sel=chosen)
         found = self.index.search(self.vectors[seeds], k + 1, params=how)[1]
         return [row[(row >= 0) & (row != seed)][:k] for seed, row in zip(seeds, found)]
 
@@ -161,7 +165,8 @@ def cluster_groups(
 ) -> np.ndarray: # (n // B, B) chunk numbers, each at most once
     "Groups inside clusters of k-means; what fills no group there is pooled in the order of the clusters."
     n_clusters = max(1, len(vectors) // (groups_a_cluster * group_size))
-    means = faiss.Kmeans(vectors.shape[1], n_clusters, niter=10, seed=int(rng.integers(2**31)), spherical=True, min_points_per_centroid=1)
+    start = int(rng.integers(2**31))
+    means = faiss.Kmeans(vectors.shape[1], n_clusters, niter=10, seed=start, spherical=True, min_points_per_centroid=1)
     means.train(vectors)
     clusters = means.index.search(vectors, 1)[1][:, 0]
     order = rng.permutation(len(vectors))

@@ -15,10 +15,12 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import revela_nb.prepare as prepare
+import revela_nb.shards as shards
 from revela_nb.corpus import chunk_text
 from revela_nb.copies import bucket_pairs, estimate_overlap, find_copies, fingerprint_texts, shingles
 from revela_nb.grouping import VectorIndex, WordIndex, cluster_groups, greedy_groups, parse_strategy
-from revela_nb.prepare import PrepareOptions, check_folder, clean_text, first_of_each, prepare_corpus, prepare_share, stage_bar
+from revela_nb.prepare import check_folder, first_of_each, prepare_corpus, prepare_share
+from revela_nb.shards import PrepareOptions, clean_text, stage_bar
 
 ROOT = Path(__file__).parents[1]
 NO_BAR = stage_bar("", None, "", False)
@@ -70,7 +72,8 @@ def test_three_kinds_of_copies(notes):
 KILLED = """
 import os, signal, sys
 import revela_nb.prepare as prepare
-prepare.SHARD_TEXT = 5000
+import revela_nb.shards as shards
+shards.SHARD_TEXT = 5000
 save, left = prepare.save_file, int(sys.argv[1])
 def save_and_die(path, write):
     global left
@@ -79,7 +82,7 @@ def save_and_die(path, write):
         write(path.with_name("." + path.name + ".partial"))
         os.kill(os.getpid(), signal.SIGKILL)
     return save(path, write)
-prepare.save_file = save_and_die
+prepare.save_file = shards.save_file = save_and_die
 prepare.prepare_corpus(prepare.PrepareOptions("notes", max_words=30, group_size=4, run_length=2, shard_groups=20, strategy=sys.argv[2]), sys.argv[3])
 """
 
@@ -102,14 +105,14 @@ def test_killed_anywhere_the_result_is_the_same_bytes(notes, strategy, step):
 
 @pytest.mark.parametrize("at", [1, 2, 5, 9])
 def test_killed_early(notes, monkeypatch, at):
-    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
+    monkeypatch.setattr(shards, "SHARD_TEXT", 5000)
     assert run_killed(at, "document", "killed").returncode == -signal.SIGKILL
     assert prepare_corpus(OPTIONS, "killed") == prepare_corpus(OPTIONS, "whole") and content(Path("killed")) == content(Path("whole"))
 
 
 def test_damaged_intermediate_file_is_made_again(notes, monkeypatch, caplog):
     prepare_corpus(OPTIONS, "whole")
-    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
+    monkeypatch.setattr(shards, "SHARD_TEXT", 5000)
     def stop(*args): raise KeyboardInterrupt
     for name, damaged in [("write_shards", "chunks-00003.arrow"), ("write_shards", "groups.npy"), ("make_manifest", "kept.npy")]:
         with monkeypatch.context() as patch:
@@ -125,20 +128,20 @@ def test_damaged_intermediate_file_is_made_again(notes, monkeypatch, caplog):
 @pytest.mark.parametrize("strategy", ["document", "bm25:0.5,random:0.5"])
 @pytest.mark.parametrize("n", [1, 2, 7])
 def test_shares_give_the_same_bytes(notes, monkeypatch, strategy, n):
-    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
+    monkeypatch.setattr(shards, "SHARD_TEXT", 5000)
     options = replace(OPTIONS, strategy=strategy)
     manifest = prepare_corpus(options, "whole")
     made = [prepare_share(options, "shared", (k, n)) for k in reversed(range(n))]
     stamps = {path.name: path.stat().st_mtime_ns for path in Path("shared/work").glob("chunks-*")}
     with monkeypatch.context() as patch:
-        patch.setattr(prepare, "chunk_text", None)                                        # nothing is cut twice
+        patch.setattr(shards, "chunk_text", None)                                        # nothing is cut twice
         assert prepare_corpus(options, "shared") == manifest and content(Path("shared")) == content(Path("whole"))
     assert sum(made) == len(stamps) / 2 and max(made) - min(made) <= 1 and (n < 7 or len(made) == 7)
     assert prepare_share(options, "shared", (0, n)) == 0 and content(Path("shared")) == content(Path("whole"))
 
 
 def test_a_lost_share_is_made_up_for(notes, monkeypatch, caplog):
-    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
+    monkeypatch.setattr(shards, "SHARD_TEXT", 5000)
     prepare_corpus(OPTIONS, "whole")
     for k in (0, 2): prepare_share(OPTIONS, "shared", (k, 3))
     damaged = Path("shared/work/chunks-00002.arrow")
@@ -154,7 +157,7 @@ def test_workers(notes):
 
 
 def test_shares_guard_themselves(notes, monkeypatch):
-    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
+    monkeypatch.setattr(shards, "SHARD_TEXT", 5000)
     for share in ((2, 2), (-1, 2), (0, 0)):
         with pytest.raises(ValueError, match="share is K/N"): prepare_share(OPTIONS, "out", share)
     with pytest.raises(FileNotFoundError): prepare_share(replace(OPTIONS, source="./nowhere"), "out", (0, 2))
@@ -191,7 +194,7 @@ def test_finished_folder_is_left_alone_and_a_damaged_one_made_again(notes, caplo
 
 
 def test_changed_source_is_refused(notes, monkeypatch):
-    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
+    monkeypatch.setattr(shards, "SHARD_TEXT", 5000)
     assert run_killed(8, "document", "out").returncode == -signal.SIGKILL
     Path("notes/00.txt").write_text("Something else now.")
     with pytest.raises(ValueError, match="has changed"): prepare_corpus(OPTIONS, "out")
@@ -347,7 +350,7 @@ def test_clusters_are_balanced_and_seeded():
 
 def test_memory_does_not_follow_the_texts(tmp_path):
     "Four times the text, at the same number of bytes a chunk, must cost little more memory."
-    code = ("import resource, sys, revela_nb.prepare as p; p.SHARD_TEXT = 10**6\n"
+    code = ("import resource, sys, revela_nb.prepare as p, revela_nb.shards as s; s.SHARD_TEXT = 10**6\n"
             "p.prepare_corpus(p.PrepareOptions(sys.argv[1], max_words=100, near=0, shard_groups=50), sys.argv[2]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     rng, peaks = np.random.default_rng(0), []
     for n in (40, 400):
@@ -382,3 +385,24 @@ def test_published_groups_of_both_line_formats(tmp_path, monkeypatch, name):
     monkeypatch.setattr(corpus, "load_dataset", lambda *a, **k: datasets.load_dataset(*a, cache_dir=str(tmp_path / "cache"), **k))
     assert read_groups(name)["texts"][:] == [["one\u2028line", "two"], ["three", "four"]]
     assert [list(corpus.hub_rows(name, "train", streaming)) for streaming in (False, True)] == [[["one\u2028line", "two"], {"src": "so", "text": ["three", "four"]}]] * 2
+
+
+@pytest.mark.parametrize("strategy", ["cluster", "remine"])
+def test_groups_by_the_shipped_retriever(tmp_path, monkeypatch, strategy):
+    "The real backbone embeds: cats go to cats and lists to lists; shares make the same bytes, and nothing is embedded twice."
+    from revela_nb.retriever import Retriever
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shards, "SHARD_TEXT", 1500)
+    cats = [f"The {a} cat {b} on the {c} mat and purrs." for a in ("old", "grey", "fat", "shy") for b in ("sat", "sleeps", "lies", "eats") for c in ("warm", "red")]
+    code = [f"def {a}_{b}(items): return [{a}({b}) for {b} in items]" for a in ("load", "save", "check", "print") for b in ("row", "name", "key", "line", "file", "url", "cell", "tag")]
+    Path("rows.jsonl").write_text("".join(json.dumps({"_id": f"{kind}{n}", "text": text}) + "\n" for n in range(32) for kind, text in (("cat", cats[n]), ("code", code[n]))))
+    options = PrepareOptions("rows.jsonl", group_size=4, min_words=1, near=0, strategy=strategy, retriever=str(Path(prepare.__file__).parent / "backbone"))
+    prepare_corpus(options, "whole")
+    kinds = [[id[:3] for id in row["ids"]] for row in rows("whole")]
+    assert len(kinds) == 16 and sum(len(set(kind)) == 1 for kind in kinds) >= 14               # by chance: 2
+    for k in (1, 0): prepare_share(options, "shared", (k, 2))
+    assert len(list(Path("shared/work").glob("vectors-*.npy"))) >= 2
+    def refuse(*args, **kwargs): raise AssertionError("embedded again")
+    monkeypatch.setattr(Retriever, "from_pretrained", refuse)
+    prepare_corpus(options, "shared")
+    assert content(Path("shared")) == content(Path("whole"))
