@@ -269,7 +269,8 @@ def test_memory_does_not_follow_the_texts(tmp_path):
 
 
 def test_command_line_and_back(notes, capsys):
-    from revela_nb.cli import main, read_groups
+    from revela_nb.cli import main
+    from revela_nb.training import read_groups
     words = ["prepare", "notes", "--out", "groups", "--max-words", "30", "--group-size", "4", "--run-length", "2"]
     assert main(words) == 0 and "groups of 4 chunks in groups" in capsys.readouterr().out
     assert read_groups("groups")["ids"][:] == [row["ids"] for row in rows("groups")]
@@ -285,7 +286,7 @@ def test_published_groups_of_both_line_formats(tmp_path, monkeypatch, name):
     "The real loading code on files of the published shapes; only the address is changed."
     import datasets
     import revela_nb.corpus as corpus
-    from revela_nb.cli import read_groups
+    from revela_nb.training import read_groups
     (tmp_path / "train.jsonl").write_text(json.dumps(["one\u2028line", "two"], ensure_ascii=False) + "\n" + json.dumps({"src": "so", "text": ["three", "four"]}) + "\n")
     monkeypatch.setitem(corpus.HUB_LINES, name, str(tmp_path / "*.json*"))
     monkeypatch.setattr(corpus, "load_dataset", lambda *a, **k: datasets.load_dataset(*a, cache_dir=str(tmp_path / "cache"), **k))
