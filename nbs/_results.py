@@ -19,7 +19,8 @@ from transformers import set_seed
 from revela_nb.baselines import Contrastive, Replug, SimCSE, counting_reads
 from revela_nb.batching import make_groups
 from revela_nb.compare import fuse_ranks
-from revela_nb.corpus import chunk_corpus, load_corpus
+from revela_nb.corpus import chunk_corpus
+from revela_nb.reading import load_corpus
 from revela_nb.demo import CHUNK_WORDS, MAX_LENGTH, TRAIN_LENGTH, backbone_folder, demo_model, docstring_task, function_documents, sample_documents, train_demo, versions
 from revela_nb.evaluation import bm25_run, dense_run, load_beir, score_queries
 from revela_nb.model import Revela

@@ -90,6 +90,7 @@ def add_folder_options(
     only.add_argument("--near", type=float, default=argparse.SUPPRESS, help="overlap above which a later chunk is a copy; 0: exact copies only (default: 0.8)")
     only.add_argument("--retriever", metavar="NAME_OR_PATH", default=argparse.SUPPRESS, help="embeds the chunks (strategies cluster and remine)")
     only.add_argument("--shard-groups", type=int, default=argparse.SUPPRESS, help="groups in a file of the folder (default: 2000)")
+    only.add_argument("--workers", type=int, default=argparse.SUPPRESS, help="processes that read, cut and embed (default: 1)")
 
 # %% ../nbs/19_cli.ipynb #d46936de
 def add_demo(

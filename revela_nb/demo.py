@@ -22,7 +22,8 @@ from datasets import Dataset
 from transformers import set_seed
 
 from .batching import GroupCollator, make_groups
-from .corpus import chunk_corpus, load_corpus
+from .corpus import chunk_corpus
+from .reading import load_corpus
 from .evaluation import bm25_run, dense_run, score_run
 from .model import Revela
 from .retriever import Retriever

@@ -16,7 +16,8 @@ import bm25s, faiss, torch
 import numpy as np
 from datasets import Dataset, load_from_disk
 
-from .corpus import chunk_corpus, chunk_text, load_corpus
+from .corpus import chunk_corpus, chunk_text
+from .reading import load_corpus
 from .evaluation import passage_texts, tokenize_words
 from .retriever import SETTINGS, Retriever, replacing_folder
 

@@ -115,21 +115,22 @@ def corpus_groups(
 ): # a Dataset with columns ids, texts
     "Corpus -> chunks -> groups, telling the count after each stage. Raises what the three functions raise."
     from revela_nb.batching import make_groups
-    from revela_nb.corpus import chunk_corpus, load_corpus
+    from revela_nb.corpus import chunk_corpus
+    from revela_nb.reading import load_corpus
     corpus = load_corpus(source)
     chunks = chunk_corpus(corpus, max_words=options.max_words)
     log.info("%d documents -> %d chunks of at most %d words", len(corpus), len(chunks), options.max_words)
     return make_groups(chunks, options.group_size, options.strategy, seed, options.run_length)
 
 # %% ../nbs/18_training.ipynb #ca5d4586
-FOLDER_OPTIONS = ("split", "streaming", "min_words", "near", "retriever", "shard_groups")
+FOLDER_OPTIONS = ("split", "streaming", "min_words", "near", "retriever", "shard_groups", "workers")
 
 def check_file_form(
     args:argparse.Namespace, # of `revela prepare`, --out being a file
 )->Path: # the file
     "Raises a ValueError for what only a folder of groups has: its options and its strategies."
     from revela_nb.batching import STRATEGIES
-    from revela_nb.prepare import parse_strategy
+    from revela_nb.grouping import parse_strategy
     path, given = check_group_file(args.out), [f"--{name.replace('_', '-')}" for name in FOLDER_OPTIONS if hasattr(args, name)]
     if given: raise ValueError(f"{', '.join(given)}: only a folder of groups has that; give --out FOLDER instead of '{args.out}', or leave it out")
     parse_strategy(args.strategy) # is it one at all?
@@ -143,7 +144,7 @@ def prepare_folder(
     "`revela prepare` into a folder: shards and a manifest."
     from revela_nb.prepare import PrepareOptions, prepare_corpus
     options = PrepareOptions(**{item.name: getattr(args, item.name) for item in fields(PrepareOptions) if hasattr(args, item.name)})
-    counts = prepare_corpus(options, args.out, progress=sys.stderr.isatty(), streaming=hasattr(args, "streaming"))["counts"]
+    counts = prepare_corpus(options, args.out, progress=sys.stderr.isatty(), streaming=hasattr(args, "streaming"), workers=getattr(args, "workers", 1))["counts"]
     for name, count in counts.items(): log.info("%s: %s", name, count)
     print(f"{counts['groups']:,} groups of {args.group_size} chunks in {args.out}")
 

@@ -1,19 +1,23 @@
 """Documents in, chunks out: every source, every fault of real files, and what must hold for any text."""
 import csv
 import gzip
+import io
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from hypothesis import given, settings, strategies as st
 
-import revela_nb.corpus as corpus_module
-from revela_nb.corpus import chunk_corpus, chunk_text, load_corpus, looks_like_code, module_files, split_sentences
+import revela_nb.reading as reading
+from revela_nb.corpus import chunk_corpus, chunk_text, looks_like_code, split_sentences
+from revela_nb.reading import load_corpus, module_files
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -51,7 +55,7 @@ def test_python_is_both_halves(tmp_path, monkeypatch):
     for half in ("std", "site"):
         (tmp_path / half).mkdir()
         (tmp_path / half / "same.py").write_text(f"# {half}\n" + "x = 1\n" * 50)
-    monkeypatch.setattr(corpus_module.sysconfig, "get_path", lambda name: str(tmp_path / ("std" if name == "stdlib" else "site")))
+    monkeypatch.setattr(reading.sysconfig, "get_path", lambda name: str(tmp_path / ("std" if name == "stdlib" else "site")))
     assert load_corpus("python")["_id"][:] == ["stdlib:same", "packages:same"]
     assert load_corpus("python:packages")["text"][0].startswith("# site")
 
@@ -122,7 +126,7 @@ def test_changed_file_is_read_anew(tmp_path):
 ])
 def test_fault_is_skipped_and_named(tmp_path, caplog, name, content, reason, place):
     write(tmp_path, **{"good.txt": "Good text.", name: content})
-    with caplog.at_level(logging.WARNING, "revela_nb.corpus"): corpus = load_corpus(tmp_path)
+    with caplog.at_level(logging.WARNING, "revela_nb.reading"): corpus = load_corpus(tmp_path)
     assert corpus["_id"][0] == "good.txt"
     assert [m for m in caplog.messages if reason in m and place in m], caplog.messages
 
@@ -176,7 +180,7 @@ def test_hub(monkeypatch):
     def fake(name, split):
         seen.append((name, split))
         return Dataset.from_dict({"id": ["7", "8"], "text": ["seven", ""], "url": ["u", "v"]})
-    monkeypatch.setattr(corpus_module, "load_dataset", fake)
+    monkeypatch.setattr(reading, "load_dataset", fake)
     assert rows(load_corpus("someone/some-corpus_v1.1", split="validation")) == [("7", "", "seven")]
     assert seen == [("someone/some-corpus_v1.1", "validation")]
 
@@ -184,8 +188,97 @@ def test_hub(monkeypatch):
 @pytest.mark.parametrize("error, expected", [(ConnectionError("offline"), FileNotFoundError), (ValueError("Unknown split"), ValueError), (RuntimeError("scripts"), ValueError)])
 def test_hub_failure_is_a_sentence(monkeypatch, error, expected):
     def fake(name, split): raise error
-    monkeypatch.setattr(corpus_module, "load_dataset", fake)
+    monkeypatch.setattr(reading, "load_dataset", fake)
     with pytest.raises(expected, match=f"someone/data.*{error}"): load_corpus("someone/data")
+
+
+# PDF and Word, made here
+
+def small_pdf(*pages, title="Cats"):
+    "A PDF of a line of text a page, object by object."
+    kids = " ".join(f"{5 + 2 * n} 0 R" for n in range(len(pages)))
+    objects = ["<< /Type /Catalog /Pages 2 0 R >>", f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>", "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>", f"<< /Title ({title}) >>"]
+    for n, text in enumerate(pages):
+        stream = f"BT /F1 12 Tf 72 700 Td ({text}) Tj ET"
+        objects += [f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents {6 + 2 * n} 0 R /Resources << /Font << /F1 3 0 R >> >> >>", f"<< /Length {len(stream)} >>\nstream\n{stream}\nendstream"]
+    out, places = b"%PDF-1.4\n", []
+    for number, body in enumerate(objects, 1):
+        places.append(len(out))
+        out += f"{number} 0 obj\n{body}\nendobj\n".encode()
+    table = "".join(f"{place:010} 00000 n \n" for place in places)
+    return out + f"xref\n0 {len(objects) + 1}\n0000000000 65535 f \n{table}trailer\n<< /Size {len(objects) + 1} /Root 1 0 R /Info 4 0 R >>\nstartxref\n{len(out)}\n%%EOF\n".encode()
+
+
+def test_pdf(tmp_path, caplog):
+    pypdf = pytest.importorskip("pypdf")
+    whole = small_pdf("The cat sat on the warm mat.", "It purred.")
+    writer = pypdf.PdfWriter()
+    writer.append(io.BytesIO(whole))
+    writer.encrypt("secret")
+    locked = io.BytesIO()
+    writer.write(locked)
+    write(tmp_path, **{"cats.pdf": whole, "packed.PDF.gz": gzip.compress(whole), "torn.pdf": whole[:80], "scanned.pdf": small_pdf("", ""), "locked.pdf": locked.getvalue()})
+    with caplog.at_level(logging.WARNING, "revela_nb.reading"): got = rows(load_corpus(tmp_path))
+    assert got == [(name, "Cats", "The cat sat on the warm mat.\n\nIt purred.") for name in ("cats.pdf", "packed.PDF.gz")]
+    assert any("2 files that cannot be parsed" in m and "torn.pdf" in m and "locked.pdf" in m for m in caplog.messages) and any("1 empty documents (scanned.pdf)" in m for m in caplog.messages)
+
+
+def test_docx(tmp_path, caplog):
+    docx = pytest.importorskip("docx")
+    document = docx.Document()
+    document.core_properties.title = " Lists "
+    document.add_heading("How lists grow", 1)
+    document.add_paragraph("Append adds one item.")
+    table = document.add_table(rows=1, cols=2)
+    table.rows[0].cells[0].text, table.rows[0].cells[1].text = "tuple", "cannot grow"
+    document.add_paragraph("That is all.")
+    document.save(tmp_path / "lists.docx")
+    document.core_properties.title = ""
+    document.save(tmp_path / "untitled.docx")
+    write(tmp_path, **{"torn.docx": (tmp_path / "lists.docx").read_bytes()[:500]})
+    with caplog.at_level(logging.WARNING, "revela_nb.reading"): got = rows(load_corpus(tmp_path))
+    text = "How lists grow\n\nAppend adds one item.\n\ntuple\tcannot grow\n\nThat is all."
+    assert got == [("lists.docx", "Lists", text), ("untitled.docx", "untitled.docx", text)] and "torn.docx" in caplog.text
+
+
+@pytest.mark.parametrize("name, module, package", [("a.pdf", "pypdf", "pypdf"), ("a.docx", "docx", "python-docx")])
+def test_missing_library_is_a_reason(tmp_path, monkeypatch, caplog, name, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    write(tmp_path, **{name: b"x", "b.txt": "Text."})
+    with caplog.at_level(logging.WARNING, "revela_nb.reading"): assert load_corpus(tmp_path)["_id"][:] == ["b.txt"]
+    assert f"pip install {package}" in caplog.text
+
+
+# published corpora: the real loading code on small files of exactly their shapes; only the address is changed
+
+PUBLISHED = {
+    "trumancai/revela_training_corpus": ("train.jsonl", [["one\u2028line", "two"], ["three", "four"]], ["one\u2028line", "two", "three", "four"]),
+    "trumancai/revela_code_training_corpus": ("train.jsonl", [{"src": "so", "text": ["one", "two"]}, {"src": "docs", "text": ["three"]}], ["one", "two", "three"]),
+    "Tevatron/wikipedia-nq-corpus": ("corpus.jsonl.gz", [{"docid": "7", "title": "Cats", "text": "They purr."}], ["They purr."]),
+    "code-rag-bench/stackoverflow-posts": ("data.jsonl", [{"text": "How do lists grow?\nBy append.", "meta": {"id": 1}}], ["How do lists grow?\nBy append."]),
+    "code-rag-bench/online-tutorials": ("data.jsonl", [{"title": "Lists", "url": "u", "text": "Append."}], ["Append."]),
+    "code-rag-bench/library-documentation": ("data.parquet", [{"doc_id": "list.append", "doc_content": "Append one item."}], ["Append one item."]),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_published_shapes(tmp_path, monkeypatch, name, streaming):
+    file, lines, texts = PUBLISHED[name]
+    content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    if file.endswith("parquet"): pq.write_table(pa.Table.from_pylist(lines), folder / file)
+    else: (folder / file).write_bytes(gzip.compress(content) if file.endswith("gz") else content)
+    def load_here(source, **options): return datasets.load_dataset(str(folder) if source == name else source, cache_dir=str(tmp_path / "cache"), **options)
+    monkeypatch.setattr(reading, "load_dataset", load_here)
+    if name in reading.HUB_LINES:
+        assert reading.HUB_LINES[name] == f"hf://datasets/{name}/*.json*"
+        monkeypatch.setitem(reading.HUB_LINES, name, str(folder / "*.json*"))
+    got = list(reading.stream_documents(name, skipped := reading.Skipped(), streaming=streaming))
+    assert [text for _, _, text in got] == texts and not skipped.counts and len({id for id, _, _ in got}) == len(got)
+    if "docid" in str(lines): assert got[0][:2] == ("7", "Cats")
+    if "doc_id" in str(lines): assert got[0][0] == "list.append"
 
 
 # chunks

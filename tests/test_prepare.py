@@ -16,8 +16,9 @@ from hypothesis import given, settings, strategies as st
 
 import revela_nb.prepare as prepare
 from revela_nb.corpus import chunk_text
-from revela_nb.prepare import (PrepareOptions, VectorIndex, WordIndex, check_folder, clean_text, cluster_groups, first_of_each, greedy_groups, parse_strategy,
-                               prepare_corpus, shingles, stage_bar)
+from revela_nb.copies import bucket_pairs, estimate_overlap, find_copies, fingerprint_texts, shingles
+from revela_nb.grouping import VectorIndex, WordIndex, cluster_groups, greedy_groups, parse_strategy
+from revela_nb.prepare import PrepareOptions, check_folder, clean_text, first_of_each, prepare_corpus, prepare_share, stage_bar
 
 ROOT = Path(__file__).parents[1]
 NO_BAR = stage_bar("", None, "", False)
@@ -69,7 +70,7 @@ def test_three_kinds_of_copies(notes):
 KILLED = """
 import os, signal, sys
 import revela_nb.prepare as prepare
-prepare.CHUNKS_A_SHARD = 40
+prepare.SHARD_TEXT = 5000
 save, left = prepare.save_file, int(sys.argv[1])
 def save_and_die(path, write):
     global left
@@ -101,13 +102,14 @@ def test_killed_anywhere_the_result_is_the_same_bytes(notes, strategy, step):
 
 @pytest.mark.parametrize("at", [1, 2, 5, 9])
 def test_killed_early(notes, monkeypatch, at):
+    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
     assert run_killed(at, "document", "killed").returncode == -signal.SIGKILL
     assert prepare_corpus(OPTIONS, "killed") == prepare_corpus(OPTIONS, "whole") and content(Path("killed")) == content(Path("whole"))
 
 
 def test_damaged_intermediate_file_is_made_again(notes, monkeypatch, caplog):
     prepare_corpus(OPTIONS, "whole")
-    monkeypatch.setattr(prepare, "CHUNKS_A_SHARD", 40)
+    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
     def stop(*args): raise KeyboardInterrupt
     for name, damaged in [("write_shards", "chunks-00003.arrow"), ("write_shards", "groups.npy"), ("make_manifest", "kept.npy")]:
         with monkeypatch.context() as patch:
@@ -118,6 +120,61 @@ def test_damaged_intermediate_file_is_made_again(notes, monkeypatch, caplog):
     manifest = prepare_corpus(OPTIONS, "out")
     assert all(any(name in message for message in caplog.messages) for name in ("chunks-00003", "groups.npy", "kept.npy"))
     assert content(Path("out")) == content(Path("whole")) and manifest["shards"]
+
+
+@pytest.mark.parametrize("strategy", ["document", "bm25:0.5,random:0.5"])
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_shares_give_the_same_bytes(notes, monkeypatch, strategy, n):
+    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
+    options = replace(OPTIONS, strategy=strategy)
+    manifest = prepare_corpus(options, "whole")
+    made = [prepare_share(options, "shared", (k, n)) for k in reversed(range(n))]
+    stamps = {path.name: path.stat().st_mtime_ns for path in Path("shared/work").glob("chunks-*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "chunk_text", None)                                        # nothing is cut twice
+        assert prepare_corpus(options, "shared") == manifest and content(Path("shared")) == content(Path("whole"))
+    assert sum(made) == len(stamps) / 2 and max(made) - min(made) <= 1 and (n < 7 or len(made) == 7)
+    assert prepare_share(options, "shared", (0, n)) == 0 and content(Path("shared")) == content(Path("whole"))
+
+
+def test_a_lost_share_is_made_up_for(notes, monkeypatch, caplog):
+    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
+    prepare_corpus(OPTIONS, "whole")
+    for k in (0, 2): prepare_share(OPTIONS, "shared", (k, 3))
+    damaged = Path("shared/work/chunks-00002.arrow")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    prepare_corpus(OPTIONS, "shared")
+    assert content(Path("shared")) == content(Path("whole")) and damaged.name in caplog.text
+
+
+def test_workers(notes):
+    prepare_corpus(OPTIONS, "whole")
+    prepare_corpus(OPTIONS, "two", workers=2)
+    assert content(Path("two")) == content(Path("whole"))
+
+
+def test_shares_guard_themselves(notes, monkeypatch):
+    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
+    for share in ((2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="share is K/N"): prepare_share(OPTIONS, "out", share)
+    with pytest.raises(FileNotFoundError): prepare_share(replace(OPTIONS, source="./nowhere"), "out", (0, 2))
+    assert not Path("out").exists()
+    prepare_share(OPTIONS, "out", (0, 2))
+    with pytest.raises(ValueError, match="max_words is 30 there and 40 now"): prepare_share(replace(OPTIONS, max_words=40), "out", (1, 2))
+    Path("notes/29.txt").unlink()                                                         # shorter: the shard behind the end is noticed
+    with pytest.raises(ValueError, match="has changed"): prepare_corpus(OPTIONS, "out")
+
+
+def test_datatrove_runs_shares(notes):
+    executor = pytest.importorskip("datatrove.executor")
+    options = OPTIONS
+    def step(data, rank, world_size):
+        from revela_nb.prepare import prepare_share
+        prepare_share(options, "shared", (rank, world_size))
+    executor.LocalPipelineExecutor(pipeline=[step], tasks=2, workers=1, logging_dir="logs").run()
+    prepare_corpus(OPTIONS, "whole")
+    prepare_corpus(OPTIONS, "shared")
+    assert content(Path("shared")) == content(Path("whole"))
 
 
 def test_finished_folder_is_left_alone_and_a_damaged_one_made_again(notes, caplog):
@@ -134,7 +191,7 @@ def test_finished_folder_is_left_alone_and_a_damaged_one_made_again(notes, caplo
 
 
 def test_changed_source_is_refused(notes, monkeypatch):
-    monkeypatch.setattr(prepare, "CHUNKS_A_SHARD", 40)
+    monkeypatch.setattr(prepare, "SHARD_TEXT", 5000)
     assert run_killed(8, "document", "out").returncode == -signal.SIGKILL
     Path("notes/00.txt").write_text("Something else now.")
     with pytest.raises(ValueError, match="has changed"): prepare_corpus(OPTIONS, "out")
@@ -206,6 +263,40 @@ def test_near_copies_against_all_pairs(notes):
     assert len(copies) == 15 and not kept & copies and len(set(range(len(texts))) - kept - copies) <= 1    # one may fill no group
 
 
+def test_estimate_and_buckets():
+    rng = np.random.default_rng(0)
+    base = [f"w{i}" for i in range(300)]
+    texts = [" ".join(base[:k] + [f"x{k}y{i}" for i in range(300 - k)]) for k in range(0, 301, 20)]
+    prints, sets = fingerprint_texts(texts), [set(shingles(text)) for text in texts]
+    i, j = np.triu_indices(len(texts))
+    true = np.array([len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for a, b in zip(i, j)])
+    error = estimate_overlap(prints[i], prints[j]) - true
+    assert abs(error.mean()) < .03 and np.abs(error).max() < .15 and prints.shape == (16, 192)
+    keys = rng.integers(0, 5, 200).astype(np.uint32)
+    later, earlier = np.divmod(bucket_pairs(keys), 200)
+    members = [np.flatnonzero(keys == key) for key in range(5)]
+    expected = {(m[b], m[a]) for m in members for b in range(len(m)) for a in range(b) if a == 0 or b - a <= 8}
+    assert set(zip(later.tolist(), earlier.tolist())) == expected and (np.diff(bucket_pairs(keys)) > 0).all()
+
+
+def test_copies_of_copies_stay():
+    "Against the rule written as two loops, on chains of small changes."
+    rng = np.random.default_rng(1)
+    texts = []
+    for chain in range(12):
+        words = [f"c{chain}w{k}" for k in range(80)]
+        for step in range(6):
+            texts.append(" ".join(words))
+            for place in rng.integers(0, 80, 2): words[place] = f"new{chain}{step}{place}"
+    prints = fingerprint_texts(texts)
+    found = find_copies(lambda b: np.ascontiguousarray(prints[:, 4 * b:4 * b + 4]).view(np.uint32)[:, 0], lambda rows: prints[rows], .7, NO_BAR)
+    alike = np.array([[estimate_overlap(prints[i:i + 1], prints[j:j + 1])[0] >= .7 for i in range(72)] for j in range(72)])
+    met = np.array([[(prints[i, :64].reshape(16, 4) == prints[j, :64].reshape(16, 4)).all(1).any() for i in range(72)] for j in range(72)])
+    expected = np.zeros(72, dtype=bool)
+    for j in range(72): expected[j] = (alike[j, :j] & met[j, :j] & ~expected[:j]).any()
+    assert (found == expected).all() and 10 < found.sum() < 60
+
+
 def test_rare_words_find_what_full_bm25_finds():
     texts = [f"topic{t} alpha{t} beta{t} gamma{t} the same common words here number{i}" for t in range(20) for i in range(8)]
     index = WordIndex([texts[:50], texts[50:]])
@@ -256,7 +347,7 @@ def test_clusters_are_balanced_and_seeded():
 
 def test_memory_does_not_follow_the_texts(tmp_path):
     "Four times the text, at the same number of bytes a chunk, must cost little more memory."
-    code = ("import resource, sys, revela_nb.prepare as p; p.CHUNKS_A_SHARD = 2000\n"
+    code = ("import resource, sys, revela_nb.prepare as p; p.SHARD_TEXT = 10**6\n"
             "p.prepare_corpus(p.PrepareOptions(sys.argv[1], max_words=100, near=0, shard_groups=50), sys.argv[2]); print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     rng, peaks = np.random.default_rng(0), []
     for n in (40, 400):
@@ -285,7 +376,7 @@ def test_command_line_and_back(notes, capsys):
 def test_published_groups_of_both_line_formats(tmp_path, monkeypatch, name):
     "The real loading code on files of the published shapes; only the address is changed."
     import datasets
-    import revela_nb.corpus as corpus
+    import revela_nb.reading as corpus
     from revela_nb.training import read_groups
     (tmp_path / "train.jsonl").write_text(json.dumps(["one\u2028line", "two"], ensure_ascii=False) + "\n" + json.dumps({"src": "so", "text": ["three", "four"]}) + "\n")
     monkeypatch.setitem(corpus.HUB_LINES, name, str(tmp_path / "*.json*"))
