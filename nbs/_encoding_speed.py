@@ -1,4 +1,4 @@
-"""Encoding speed beside SentenceTransformer.encode: the same backbone, the same texts, in turns. `python nbs/_encoding_speed.py FOLDER` writes results/encoding.json."""
+"""Encoding speed beside SentenceTransformer.encode: the same backbone, the same texts, in turns. `python nbs/_encoding_speed.py FOLDER` adds a row to results/encoding.json."""
 import argparse, json, os, platform, tempfile, time
 from pathlib import Path
 
@@ -27,5 +27,8 @@ best = {name: min(times[1:]) for name, times in seconds.items()}
 row = {"texts": len(texts), "ratio": round(best["sentence-transformers"] / best["ours"], 3), "texts_per_second": round(len(texts) / best["ours"], 1), "largest_difference": float((a - torch.from_numpy(b)).abs().max()),
        "data": Path(args.data).name, "threads": torch.get_num_threads(), "versions": {"torch": torch.__version__, "sentence-transformers": sentence_transformers.__version__}, "machine": f"{platform.machine()}, {os.cpu_count()} cores",
        "command": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')} python nbs/_encoding_speed.py {Path(args.data).name} --texts {args.texts} --rounds {args.rounds}", "date": time.strftime("%Y-%m-%d")}
+row["seconds"] = {name: [round(t, 2) for t in times[1:]] for name, times in seconds.items()}
 print(row)
-Path(__file__).with_name("results").joinpath("encoding.json").write_text(json.dumps(row, indent=1) + "\n")
+path = Path(__file__).with_name("results") / "encoding.json"
+rows = [r for r in (json.loads(path.read_text()) if path.exists() else []) if r["data"] != row["data"]] + [row]
+path.write_text(json.dumps(rows, indent=1) + "\n")
