@@ -18,6 +18,7 @@ def make_vectors(seed, n):
 start = time.perf_counter()
 index = faiss.index_factory(D, index_recipe(kind, N, D), faiss.METRIC_INNER_PRODUCT)
 index.cp.niter = 6
+if kind == "ivfpq": index.do_polysemous_training = False # as build_index does
 index.train(make_vectors(1000, 40_000))
 train = time.perf_counter() - start
 for block in range(N // BLOCK): index.add(make_vectors(block, BLOCK))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'KINDS', 'model_fingerprint', 'text_key', 'file_hash', 'write_shard', 'read_shards', 'encode_cached',
-           'choose_kind', 'index_recipe', 'exact_top', 'measure_recall', 'build_index', 'save_index', 'load_index',
-           'corpus_signature', 'cached_chunks', 'dense_searcher', 'bm25_searcher', 'chunk_line']
+           'CachedRetriever', 'choose_kind', 'index_recipe', 'exact_top', 'measure_recall', 'build_index', 'save_index',
+           'load_index', 'corpus_signature', 'cached_chunks', 'dense_searcher', 'bm25_searcher', 'chunk_line']
 
 # %% ../nbs/11_index.ipynb #30ae0567
 import hashlib, json, logging, os
@@ -29,7 +29,8 @@ def model_fingerprint(
 ) -> str: # 16 hex digits
     "A hash of everything that decides a model's embeddings: weights, tokenizer and settings."
     digest = hashlib.sha256(json.dumps({name: getattr(retriever, name) for name in SETTINGS}, sort_keys=True).encode())
-    digest.update(retriever.tokenizer.backend_tokenizer.to_str().encode())
+    rules = json.loads(retriever.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None} # left there by the last call
+    digest.update(json.dumps(rules, sort_keys=True).encode())
     for name, tensor in sorted(retriever.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -86,14 +87,16 @@ def read_shards(
 # %% ../nbs/11_index.ipynb #49f933d6
 def encode_cached(
     retriever: Retriever, # the model
-    texts: list[str], # passages
+    texts: list[str], # passages, or queries
     folder: str | Path, # of the cache; each model has a folder in it
     batch_size: int = 32, # texts a batch
     shard_size: int = 4096, # texts a shard: what a kill may lose
     progress: bool = False, # whether to show bars
+    queries: bool = False, # whether the texts are queries: they have another prefix, so a folder of their own
 ) -> np.ndarray: # (n, D) float32, one row a text
     "Embeddings from the cache; only texts that are not there are encoded. Raises what encoding raises."
-    folder = Path(folder).expanduser() / model_fingerprint(retriever)
+    folder = Path(folder).expanduser() / (model_fingerprint(retriever) + "-queries" * queries)
+    encode = retriever.encode_queries if queries else retriever.encode_passages
     keys = [text_key(text) for text in texts]
     shards, places = read_shards(folder)
     missing = {key: text for key, text in zip(keys, texts) if key not in places} # equal texts once
@@ -101,11 +104,37 @@ def encode_cached(
     new = list(missing)
     for start in range(0, len(new), shard_size):
         part = new[start:start + shard_size]
-        write_shard(folder, part, retriever.encode_passages([missing[key] for key in part], batch_size, progress).numpy())
+        write_shard(folder, part, encode([missing[key] for key in part], batch_size, progress).numpy())
     if new: shards, places = read_shards(folder)
     rows = np.empty((len(texts), retriever.dim), np.float32)
     for i, key in enumerate(keys): rows[i] = shards[places[key][0]][places[key][1]]
     return rows
+
+# %% ../nbs/11_index.ipynb #4b5c3d5a
+class CachedRetriever:
+    "A retriever whose vectors are kept on disk: a second run with the same model encodes only new texts."
+    def __init__(self,
+        retriever: Retriever, # the model
+        folder: str | Path, # of the cache
+    ):
+        "Nothing is read or written yet."
+        self.retriever, self.folder = retriever, folder
+
+    def encode_passages(self,
+        texts: list[str], # passages
+        batch_size: int = 32, # texts a batch
+        progress: bool = True, # whether to show bars
+    ) -> torch.Tensor: # (n, D) float32
+        "Vectors of passages, from the cache where they are there."
+        return torch.from_numpy(encode_cached(self.retriever, texts, self.folder, batch_size, progress=progress))
+
+    def encode_queries(self,
+        texts: list[str], # queries
+        batch_size: int = 32, # texts a batch
+        progress: bool = True, # whether to show bars
+    ) -> torch.Tensor: # (n, D) float32
+        "Vectors of queries, from the cache where they are there."
+        return torch.from_numpy(encode_cached(self.retriever, texts, self.folder, batch_size, progress=progress, queries=True))
 
 # %% ../nbs/11_index.ipynb #c21d0aaf
 KINDS = {"flat": 200_000, "hnsw": 500_000, "ivfsq": 5_000_000, "ivfpq": float("inf")} # vectors below which a kind is taken
@@ -168,6 +197,7 @@ def build_index(
     n, dim = embeddings.shape
     kind = kind or choose_kind(n)
     index = faiss.index_factory(dim, index_recipe(kind, n, dim), faiss.METRIC_INNER_PRODUCT)
+    if kind == "ivfpq": index.do_polysemous_training = False # minutes spent on ordering codes for a filter that is not used
     if not index.is_trained:
         rows = np.sort(np.random.default_rng(0).choice(n, min(sample, n), replace=False))
         index.train(np.ascontiguousarray(embeddings[rows], np.float32))

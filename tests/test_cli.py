@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import pytrec_eval
 
-from revela_nb.cli import apply_config, build_parser, check_run, main, read_config, read_groups, write_groups
+from revela_nb.cli import build_parser, main
+from revela_nb.options import apply_config, read_config
+from revela_nb.training import TrainOptions, check_run, read_groups, write_groups
 
 ROOT = Path(__file__).parents[1]
 SCIFACT = ROOT.parent / "shared" / "data" / "scifact"
@@ -190,7 +192,6 @@ def test_config_under_command_line(tmp_path):
 
 def test_no_option_twice():
     from dataclasses import fields
-    from revela_nb.cli import TrainOptions
     from revela_nb.trainer import RevelaArguments
     assert not {f.name for f in fields(TrainOptions)} & {f.name for f in fields(RevelaArguments)}
 
@@ -258,7 +259,7 @@ def test_killed_run_goes_on(config):
     words = ["train", config, "--max_steps", "40"]
     assert main([*words, "--output_dir", "whole"]) == 0
     process = subprocess.Popen([sys.executable, "-m", "revela_nb.cli", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
-    for _ in range(3000):
+    for _ in range(12000): # two minutes, for a busy machine
         if Path("out/checkpoint-2").exists() or process.poll() is not None: break
         time.sleep(.01)
     process.send_signal(signal.SIGKILL); process.wait()
@@ -274,6 +275,45 @@ def test_evaluate_bm25_and_run_file(beir, capsys):
     expected = ndcg("runs/bm25.trec", "beir/qrels/test.tsv")
     assert json.loads(Path("figures.json").read_text())["ndcg@10"] == pytest.approx(expected, abs=1e-12)
     assert f"nDCG@10     {expected:.4f}" in out and "Recall@100" in out and "MRR@10" in out
+
+
+def test_evaluate_keeps_embeddings(beir, models, capsys, monkeypatch):
+    "With --cache a second run gives the same figures and encodes nothing, neither passages nor questions; a new document alone is encoded."
+    from revela_nb.retriever import Retriever
+    words = ["evaluate", str(models / "llama"), "--data", "beir", "--cache", "kept"]
+    assert main(["evaluate", str(models / "llama"), "--data", "beir"]) == 0
+    plain = capsys.readouterr().out
+    assert main(words) == 0 and capsys.readouterr().out == plain
+    seen = []
+    for name in ("encode_passages", "encode_queries"):
+        def spy(self, texts, *rest, encode=getattr(Retriever, name), **named):
+            seen.extend(texts)
+            return encode(self, texts, *rest, **named)
+        monkeypatch.setattr(Retriever, name, spy)
+    assert main(words) == 0 and capsys.readouterr().out == plain and seen == []
+    with open("beir/corpus.jsonl", "a") as file: file.write('{"_id": "d6", "title": "", "text": "A boat on a river."}\n')
+    assert main(words) == 0 and seen == ["A boat on a river."]
+
+
+def test_prepare_refuses_what_a_file_cannot_have(notes, capsys):
+    words = ["prepare", "notes", "--out", "groups.jsonl", "--max-words", "10", "--group-size", "3", "--run-length", "1"]
+    refused(capsys, [*words, "--near", "0.5", "--min-words", "2"], "--min-words, --near")
+    refused(capsys, [*words, "--strategy", "cluster"], "--out FOLDER")
+    refused(capsys, [*words, "--strategy", "magic"], "magic")
+    assert not Path("groups.jsonl").exists()
+    said = main(["prepare", "--help"]) or capsys.readouterr().out
+    assert all(name in said for name in ("document", "bm25", "cluster", "remine", "random"))
+
+
+def test_config_may_stand_anywhere(tmp_path, monkeypatch):
+    from revela_nb.cli import parse_arguments
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("corpus: notes\ntemperature: 0.5\nmax_steps: 7\n")
+    for words in ("train a.yaml --max_steps 3 --output_dir x", "train --max_steps 3 a.yaml --output_dir x", "train --max_steps 3 --output_dir x a.yaml", "train --config a.yaml --max_steps 3 --output_dir x"):
+        args = parse_arguments(words.split())
+        assert (args.temperature, args.max_steps, args.output_dir, args.corpus) == (0.5, 3, "x", "notes"), words
+    for words in ("train a.yaml b.yaml", "train --max_steps 3 a.yaml b.yaml", "train --no_such_option", "search bm25 --corpus x q a.yaml", "train a.yaml --max_steps 3 --temprature 1"):
+        with pytest.raises(ValueError, match="unrecognized arguments"): parse_arguments(words.split())
 
 
 def test_evaluate_refuses(beir, capsys, models):
@@ -413,7 +453,8 @@ def test_errors_have_their_status(monkeypatch, capsys):
         monkeypatch.setattr(cli, "show_demo", fail)
         assert main(["demo"]) == status
         err = capsys.readouterr().err
-        assert err.startswith("revela: error: ") and err.count("\n") == 1
+        news, said = err.splitlines() # something is said before the imports, then one line of error
+        assert "first bar" in news and said.startswith("revela: error: ")
         assert main(["demo", "--verbose"]) == status and "Traceback" in capsys.readouterr().err
 
 

@@ -224,3 +224,43 @@ def test_command(toy, tmp_path, capsys):
     assert main(["export", str(toy), "--out", str(tmp_path / "x"), "--format", "peft"]) == 2 and "no adapter" in capsys.readouterr().err
     (run / "report.json").write_text("[1")
     assert main(["export", str(run / "retriever"), "--out", str(tmp_path / "x")]) == 2 and "report.json" in capsys.readouterr().err
+
+
+# ---- mteb
+
+@pytest.fixture
+def toy_task():
+    "A retrieval task for mteb, built here: corpus with and without titles, graded judgements."
+    mteb = pytest.importorskip("mteb", reason="needs mteb: pip install -e '.[mteb]'")
+    from datasets import Dataset
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.task_metadata import TaskMetadata
+    words = ["warm", "cat", "mat", "dog", "list", "append", "tuple", "river"]
+    corpus = {f"d{i}": {"title": words[i % 8] if i % 2 else "", "text": " ".join(words[(i * k) % 8] for k in range(1, 6)) + f" {i}"} for i in range(30)}
+    queries = {f"q{i}": f"{words[i]} {words[(i * 3) % 8]}" for i in range(8)}
+    qrels = {q: {f"d{(3 * i + 7 * j) % 30}": 1 + j % 2 for j in range(4)} for i, q in enumerate(queries)}
+    class Toy(AbsTaskRetrieval):
+        metadata = TaskMetadata(name="RevelaToy", dataset={"path": "local/toy", "revision": "1"}, description="toy", reference=None, type="Retrieval", category="t2t", eval_splits=["test"],
+            eval_langs=["eng-Latn"], main_score="ndcg_at_10", modalities=["text"], date=None, domains=None, task_subtypes=None, license=None, annotations_creators=None, dialect=None, sample_creation=None, bibtex_citation=None)
+        def load_data(self, **named):
+            rows = lambda texts: Dataset.from_list([{"id": i} | (x if isinstance(x, dict) else {"text": x}) for i, x in texts.items()])
+            self.dataset = {"default": {"test": {"corpus": rows(corpus), "queries": rows(queries), "relevant_docs": qrels, "top_ranked": None}}}
+            self.data_loaded = True
+    return mteb, Toy, corpus, queries, qrels
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mteb_gives_our_figures(toy_task, toy, tmp_path):
+    "The exported folder in mteb.evaluate, and by its registered name as `mteb run` loads it: prompts applied, nDCG@10 equal to ours."
+    from revela_nb.evaluation import evaluate
+    from revela_nb.export import register_mteb
+    mteb, Toy, corpus, queries, qrels = toy_task
+    ours = trained(toy, pooling="mean", lora=2, query_prefix="query: ", passage_prefix="passage: ")
+    ours.export_sentence_transformer(tmp_path / "out")
+    expected = evaluate(ours, corpus, queries, qrels)["ndcg@10"]
+    assert evaluate(Retriever.from_pretrained(toy, pooling="eos"), corpus, queries, qrels)["ndcg@10"] != pytest.approx(expected, abs=1e-3), "the task tells no models apart"
+    revision = register_mteb(tmp_path / "out", "me/tiny")
+    model = mteb.get_model("me/tiny", device="cpu")
+    assert model.model_prompts == {"query": "query: ", "document": "passage: "} and model.mteb_model_meta.revision == revision
+    found = mteb.evaluate(model, Toy(), cache=None, encode_kwargs={"batch_size": 8}, show_progress_bar=False)
+    assert found[0].scores["test"][0]["ndcg_at_10"] == pytest.approx(expected, abs=1e-5)

@@ -363,7 +363,8 @@ def test_memory_does_not_follow_the_texts(tmp_path):
 
 
 def test_command_line_and_back(notes, capsys):
-    from revela_nb.cli import main, read_groups
+    from revela_nb.cli import main
+    from revela_nb.training import read_groups
     words = ["prepare", "notes", "--out", "groups", "--max-words", "30", "--group-size", "4", "--run-length", "2"]
     assert main(words) == 0 and "groups of 4 chunks in groups" in capsys.readouterr().out
     assert read_groups("groups")["ids"][:] == [row["ids"] for row in rows("groups")]
@@ -379,7 +380,7 @@ def test_published_groups_of_both_line_formats(tmp_path, monkeypatch, name):
     "The real loading code on files of the published shapes; only the address is changed."
     import datasets
     import revela_nb.reading as corpus
-    from revela_nb.cli import read_groups
+    from revela_nb.training import read_groups
     (tmp_path / "train.jsonl").write_text(json.dumps(["one\u2028line", "two"], ensure_ascii=False) + "\n" + json.dumps({"src": "so", "text": ["three", "four"]}) + "\n")
     monkeypatch.setitem(corpus.HUB_LINES, name, str(tmp_path / "*.json*"))
     monkeypatch.setattr(corpus, "load_dataset", lambda *a, **k: datasets.load_dataset(*a, cache_dir=str(tmp_path / "cache"), **k))
@@ -406,3 +407,24 @@ def test_groups_by_the_shipped_retriever(tmp_path, monkeypatch, strategy):
     monkeypatch.setattr(Retriever, "from_pretrained", refuse)
     prepare_corpus(options, "shared")
     assert content(Path("shared")) == content(Path("whole"))
+
+
+def test_command_line_of_shares(notes, capsys):
+    from revela_nb.cli import main
+    words = ["prepare", "notes", "--max-words", "30", "--group-size", "4", "--run-length", "2", "--out"]
+    assert main([*words, "whole"]) == 0 and main([*words, "two", "--workers", "2"]) == 0
+    for k in range(3): assert main([*words, "shared", "--share", f"{k}/3"]) == 0
+    assert "share 2/3" in capsys.readouterr().out and main([*words, "shared"]) == 0
+    assert content(Path("shared")) == content(Path("whole")) == content(Path("two"))
+    for share in ("3/3", "1", "a/b"):
+        assert main([*words, "bad", "--share", share]) == 2
+        assert "a share is K/N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--near", "0.5"], ["--min-words", "1"], ["--retriever", "x"], ["--share", "0/2"], ["--workers", "2"], ["--streaming"], ["--split", "test"],
+                                    ["--shard-groups", "9"], ["--strategy", "cluster"], ["--strategy", "document:0.5,bm25:0.5"]])
+def test_a_file_refuses_what_only_a_folder_has(notes, capsys, option):
+    from revela_nb.cli import main
+    assert main(["prepare", "notes", "--out", "groups.jsonl", *option]) == 2
+    said = capsys.readouterr().err
+    assert option[-1 if option[0] == "--strategy" else 0] in said and "--out FOLDER" in said and not Path("groups.jsonl").exists()
