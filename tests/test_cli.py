@@ -470,3 +470,36 @@ def test_demo_rehearsal(tmp_path, monkeypatch, capsys):
     Path("mine").mkdir(); Path("mine/thesis.txt").write_text("precious")
     refused(capsys, ["demo", "--out", "mine"], "mine")
     refused(capsys, ["demo", "--steps", "0", "--out", "x"], "steps")
+
+
+def test_weight_of_the_hybrid(beir, models, capsys):
+    "Weight 0 is BM25's order, weight 1 the model's, and auto asks sentences of the corpus and never the test's labels."
+    model = str(models / "llama")
+    rows = {}
+    for weight in ("0", "1"):
+        assert main(["evaluate", model, "--data", "beir", "--hybrid", "--weight", weight, "--json", "f.json"]) == 0
+        rows[weight] = json.loads(Path("f.json").read_text())["rows"]
+    assert rows["1"]["hybrid, scores"]["mrr@10"] == rows["1"]["model"]["mrr@10"] and rows["0"]["hybrid, scores"]["mrr@10"] == rows["0"]["BM25"]["mrr@10"]
+    lines = [json.dumps({"_id": f"d{i}", "text": f"Topic number{i} begins with this plain sentence. Then number{i} is told at greater length."}) for i in range(6)]
+    Path("told").mkdir()
+    (Path("told") / "qrels").mkdir()
+    (Path("told") / "corpus.jsonl").write_text("\n".join(lines))
+    (Path("told") / "queries.jsonl").write_text('{"_id": "q", "text": "number3"}')
+    (Path("told") / "qrels" / "test.tsv").write_text("q\td3\t1\n")
+    capsys.readouterr()
+    assert main(["evaluate", model, "--data", "told", "--hybrid", "--weight", "auto"]) == 0
+    assert "chosen on 6 sentences of the corpus" in capsys.readouterr().err
+    refused(capsys, ["evaluate", model, "--data", "beir", "--hybrid", "--weight", "2"], "--weight")
+    refused(capsys, ["evaluate", model, "--data", "beir", "--weight", "0.3"], "--hybrid")
+
+
+def test_evaluate_a_sentence_transformers_model(beir, models, capsys):
+    "A model of another make goes through the same harness: here our own export, read back by its library, gives the same figures."
+    from revela_nb.retriever import Retriever
+    Retriever.from_pretrained(models / "llama").export_sentence_transformer("exported")
+    Path("exported", "retriever_config.json").unlink(missing_ok=True)
+    for name in (str(models / "llama"), "exported"): assert main(["evaluate", name, "--data", "beir", "--json", f"{Path(name).name}.json"]) == 0
+    ours, theirs = (json.loads(Path(f"{name}.json").read_text())["rows"]["model"] for name in ("llama", "exported"))
+    assert ours == pytest.approx(theirs)
+    capsys.readouterr()
+    refused(capsys, ["evaluate", "exported", "--data", "beir", "--cache", "kept"], "--cache")

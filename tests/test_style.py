@@ -14,31 +14,38 @@ LEAST = {"cells": 40, "code lines": 250, "words": 1000}
 LINES = {"module": 60, "other": 25}             # of one exported cell: an nn.Module, and all else
 
 # Chapters over a limit: what they may have at most, and why. Shorten a chapter, and its line here has to go or to shrink: the tests say so.
-SPLITTING = "is being split or shortened (issue 6)"
+LATER = "not shortened yet (issue 6)"
 OVER = {
-    "01_corpus": ({"lines over 135": 12}, SPLITTING),
-    "01b_reading": ({"cells": 72, "code lines": 517, "long exported cells": 7, "lines over 135": 23}, SPLITTING),
-    "02_batching": ({"words": 1857, "long exported cells": 2, "lines over 135": 17, "plots without fig-alt": 2}, SPLITTING),
-    "03_retriever": ({"cells": 88, "code lines": 592, "words": 2408, "long exported cells": 6, "lines over 135": 28, "plots without fig-alt": 3}, SPLITTING),
-    "04_attention": ({"cells": 74, "words": 2270, "long exported cells": 1, "lines over 135": 11, "plots without fig-alt": 2}, SPLITTING),
-    "05_patching": ({"long exported cells": 2, "lines over 135": 21, "plots without fig-alt": 1}, SPLITTING),
-    "06_model": ({"long exported cells": 3, "lines over 135": 19, "plots without fig-alt": 2}, SPLITTING),
-    "07_trainer": ({"code lines": 492, "words": 2246, "long exported cells": 4, "lines over 135": 39, "plots without fig-alt": 1}, SPLITTING),
-    "08_evaluation": ({"words": 2067, "long exported cells": 4, "lines over 135": 18, "plots without fig-alt": 2}, SPLITTING),
-    "09b_grouping": ({"long exported cells": 1, "lines over 135": 13}, SPLITTING),
-    "09c_copies": ({"lines over 135": 7}, SPLITTING),
-    "10_prepare": ({"cells": 75, "code lines": 630, "long exported cells": 8, "lines over 135": 27}, SPLITTING),
-    "11_index": ({"long exported cells": 3, "lines over 135": 7, "plots without fig-alt": 1}, SPLITTING),
-    "12_compare": ({"lines over 135": 28, "plots without fig-alt": 3}, SPLITTING),
-    "13_export": ({"long exported cells": 1, "lines over 135": 9}, SPLITTING),
-    "14_bench": ({"long exported cells": 4, "lines over 135": 21}, SPLITTING),
-    "15_serve": ({"lines over 135": 8}, SPLITTING),
-    "16_baselines": ({"long exported cells": 2, "lines over 135": 20, "plots without fig-alt": 3}, SPLITTING),
-    "17_launch": ({"long exported cells": 1, "lines over 135": 15}, SPLITTING),
-    "19_cli": ({"cells": 104, "code lines": 958, "words": 2305, "long exported cells": 20, "lines over 135": 66}, SPLITTING),
-    "21_results": ({"lines over 135": 8, "plots without fig-alt": 1}, SPLITTING),
-    "23_scaling": ({"lines over 135": 13, "plots without fig-alt": 1}, SPLITTING),
-    "24_speed": ({"lines over 135": 12, "plots without fig-alt": 1}, SPLITTING),
+    "01_corpus": ({"lines over 135": 12}, LATER),
+    "01b_readers": ({"long exported cells": 2, "lines over 135": 5}, LATER),
+    "01c_reading": ({"long exported cells": 4, "lines over 135": 6}, LATER),
+    "02_batching": ({"words": 1804, "long exported cells": 1, "lines over 135": 1}, LATER),
+    "03_retriever": ({"cells": 88, "code lines": 592, "words": 2413, "long exported cells": 6, "lines over 135": 28, "plots without fig-alt": 3}, LATER),
+    "04_attention": ({"long exported cells": 1, "lines over 135": 2}, LATER),
+    "05_patching": ({"long exported cells": 2, "lines over 135": 21, "plots without fig-alt": 1}, LATER),
+    "06_model": ({"long exported cells": 3, "lines over 135": 12}, LATER),
+    "07_trainer": ({"code lines": 492, "words": 2256, "long exported cells": 4, "lines over 135": 39, "plots without fig-alt": 1}, LATER),
+    "08_evaluation": ({"cells": 75, "code lines": 418, "words": 2150, "long exported cells": 3, "lines over 135": 21, "plots without fig-alt": 2}, LATER),
+    "09b_grouping": ({"long exported cells": 2, "lines over 135": 7}, LATER),
+    "09c_copies": ({"lines over 135": 5}, LATER),
+    "09d_shards": ({"long exported cells": 1, "lines over 135": 4}, LATER),
+    "10_prepare": ({"code lines": 428, "long exported cells": 5, "lines over 135": 6}, LATER),
+    "11_index": ({"long exported cells": 3, "lines over 135": 8, "plots without fig-alt": 1}, LATER),
+    "12_compare": ({"long exported cells": 1, "lines over 135": 31, "plots without fig-alt": 3}, LATER),
+    "13_export": ({"long exported cells": 1, "lines over 135": 12}, LATER),
+    "14_bench": ({"long exported cells": 4, "lines over 135": 21}, LATER),
+    "15_serve": ({"lines over 135": 8}, LATER),
+    "16_baselines": ({"long exported cells": 2, "lines over 135": 26, "plots without fig-alt": 3}, LATER),
+    "17_launch": ({"long exported cells": 1, "lines over 135": 15}, LATER),
+    "18_training": ({"long exported cells": 1, "lines over 135": 29}, LATER),
+    "18b_measuring": ({"long exported cells": 1, "lines over 135": 21}, LATER),
+    "18c_asking": ({"lines over 135": 5}, LATER),
+    "18d_options": ({"lines over 135": 4}, LATER),
+    "19_cli": ({"cells": 81, "lines over 135": 43}, LATER),
+    "21_results": ({"lines over 135": 8, "plots without fig-alt": 1}, LATER),
+    "22_strategies": ({"lines over 135": 19}, LATER),
+    "23_scaling": ({"lines over 135": 13, "plots without fig-alt": 1}, LATER),
+    "24_speed": ({"lines over 135": 2}, LATER),
 }
 
 # Chapters below a lower limit. One that has said all is not filled up.
@@ -47,14 +54,20 @@ ONE_IDEA = "one idea, said; filling it up would not teach more"
 SHORT = {
     "00_tour": ONE_IDEA,
     "01_corpus": ONE_IDEA,
+    "01c_reading": ONE_IDEA,
     "09b_grouping": ONE_IDEA,
     "09c_copies": ONE_IDEA,
+    "09d_shards": ONE_IDEA,
     "13_export": ONE_IDEA,
     "14_bench": ONE_IDEA,
     "15_serve": ONE_IDEA,
     "17_launch": ONE_IDEA,
+    "18b_measuring": ONE_IDEA,
+    "18c_asking": ONE_IDEA,
+    "18d_options": ONE_IDEA,
     "20_quick_run": RECORD,
     "21_results": RECORD,
+    "22_strategies": RECORD,
     "23_scaling": RECORD,
     "24_speed": RECORD,
     "30_backbone": RECORD,
@@ -109,16 +122,13 @@ def test_the_measure_itself():
     assert sizes(cells) == {"cells": 5, "code lines": 26 + 60 + 1 + 1, "words": 3, "long exported cells": 1, "lines over 135": 1, "plots without fig-alt": 1}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xfail(reason="being split; mended when its parts are merged")) if n == "01b_reading" else n for n in NOTEBOOKS])
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_cell_ids_are_unique(name):
     ids = [c["id"] for c in NOTEBOOKS[name]]
     assert len(ids) == len(set(ids)), sorted({i for i in ids if ids.count(i) > 1})
 
 
-COLAB_WAITS = {n for n in NOTEBOOKS if n[:2] in ("01", "02", "03", "04", "05", "06", "07", "08", "10", "11", "12", "13", "14", "15", "16", "17", "19", "21", "22", "23", "24")} | {"09b_grouping", "09c_copies"}
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xfail(reason="gets its cell when the branches are merged")) if n in COLAB_WAITS else n for n in NOTEBOOKS if n != "00_tour"])
+@pytest.mark.parametrize("name", [n for n in NOTEBOOKS if n != "00_tour"])
 def test_colab_installs_in_one_cell(name):
     "The first code cell of readers in Colab: guarded, so that it does nothing elsewhere. The tour needs nothing but torch."
     first = next(c for c in NOTEBOOKS[name] if c["cell_type"] == "code" and not source(c).startswith("#| default_exp"))
