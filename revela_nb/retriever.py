@@ -408,15 +408,16 @@ def load_retriever(
 def save_retriever(
     retriever: Retriever, # what to write
     folder: str | Path, # where to
+    state: dict[str, Tensor] | None = None, # the encoder's weights, gathered from the processes that hold them in parts; None: they are all here
 ) -> None:
     "What `Retriever.save_pretrained` does: safetensors weights or adapter, tokenizer, retriever_config.json, all or nothing."
     settings = {name: getattr(retriever, name) for name in SETTINGS}
     with replacing_folder(folder) as partial:
         if isinstance(retriever.encoder, PeftModel):
             settings["base_model"] = retriever.encoder.peft_config["default"].base_model_name_or_path
-            retriever.encoder.save_pretrained(partial, save_embedding_layers=False)
+            retriever.encoder.save_pretrained(partial, state_dict=state, save_embedding_layers=False)
         else:
-            retriever.encoder.save_pretrained(partial)
+            retriever.encoder.save_pretrained(partial, state_dict=state)
         retriever.tokenizer.save_pretrained(partial)
         (partial / "retriever_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

@@ -5,26 +5,30 @@
 # %% auto #0
 __all__ = ['FIGURES', 'log', 'SEAL', 'RevelaArguments', 'split_groups', 'scheduled_temperature', 'step_figures', 'save_batch',
            'trainable_state', 'file_sum', 'seal_checkpoint', 'checkpoint_fault', 'checkpoint_folders',
-           'last_checkpoint', 'set_aside', 'CheckpointTrainer', 'WatchingTrainer', 'predicted_tokens', 'RevelaTrainer']
+           'last_checkpoint', 'set_aside', 'CheckpointTrainer', 'WatchingTrainer', 'unsharded', 'predicted_tokens',
+           'RevelaTrainer']
 
 # %% ../nbs/07_trainer.ipynb #39643c4c
 import json, logging, math, os, shutil, time, zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from .model import Revela, RevelaOutput, build_lm # build_lm: for those who look for it here
 from .patching import labelled_positions
-from .retriever import Retriever
+from .retriever import Retriever, save_retriever
 
 # %% ../nbs/07_trainer.ipynb #c3e57b17
 @dataclass
@@ -335,6 +339,17 @@ class WatchingTrainer(CheckpointTrainer):
         super().log(logs, start_time)
 
 # %% ../nbs/07_trainer.ipynb #002be666
+@contextmanager
+def unsharded(
+    model:nn.Module, # what the trainer calls, wrapped or not
+)->Iterator[None]:
+    "While inside, a part of a model that FSDP2 keeps in shards can be called by itself: what the root holds for all parts is whole."
+    sharded = isinstance(model, FSDPModule)
+    if sharded: model.unshard()
+    try: yield
+    finally:
+        if sharded: model.reshard()
+
 def predicted_tokens(
     batch:dict, # of a `GroupCollator`
 )->Tensor: # scalar
@@ -402,12 +417,16 @@ class RevelaTrainer(WatchingTrainer):
         "Loss on groups held out, and the retriever's figures; the random state stays as it was."
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-            figures = self.evaluate_retriever(self.revela.retriever) if self.evaluate_retriever else {}
+            with unsharded(self.model_wrapped): figures = self.evaluate_retriever(self.revela.retriever) if self.evaluate_retriever else {}
         output.metrics.update({f"{metric_key_prefix}_{name}": float(x) for name, x in figures.items()})
         return output
 
     def save_retriever(self,
         folder:str|Path, # where to
     )->None:
-        "The retriever alone, for `Retriever.from_pretrained`; the language model has done its work."
-        if self.args.should_save: self.revela.retriever.save_pretrained(folder)
+        "The retriever alone, for `Retriever.from_pretrained`; the language model has done its work. Every process must call it."
+        state, prefix = None, "retriever.encoder."
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED): # each process may hold a part only
+            whole = self.accelerator.get_state_dict(self.model_wrapped) # complete on the first process
+            state = {name.removeprefix(prefix): x for name, x in (whole or {}).items() if name.startswith(prefix)}
+        if self.args.should_save: save_retriever(self.revela.retriever, folder, state)

@@ -1,6 +1,7 @@
 """Every recipe in configs/ runs, on a shrunken random model of its architecture; every engine's file is read by that engine."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,8 +40,8 @@ def hub(tmp_path_factory):
 
 
 def shrink(recipe, hub):
-    "The options of the command line that put local folders for hub names; everything else is the recipe's."
-    return ["--groups", str(hub / "groups.jsonl"), "--retriever", str(hub / recipe["retriever"]), "--lm", str(hub / recipe["lm"]), "--lora", "2", "--max_steps", "2", "--bf16", "false", "--use_cpu", "true", "--disable_tqdm", "true"]
+    "The options of the command line that put local folders for hub names, two steps of two groups, and float32 on the CPU; everything else is the recipe's."
+    return ["--groups", str(hub / "groups.jsonl"), "--retriever", str(hub / recipe["retriever"]), "--lm", str(hub / recipe["lm"]), "--lora", "2", "--max_steps", "2", "--gradient_accumulation_steps", "2", "--bf16", "false", "--use_cpu", "true", "--disable_tqdm", "true"]
 
 
 def test_there_is_a_recipe_for_every_published_model():
@@ -63,32 +64,99 @@ def test_recipe(path, hub, tmp_path, capsys):
 
 # ------------------------------------------------------------------ engines
 
-def launch(engine, hub, folder, *words):
+def train_all(engine, commands):
+    """In each of the processes that `accelerate launch` starts: `revela train` once for every command, by this engine.
+
+    accelerate takes FSDP and DeepSpeed only with an accelerator, and falls back to DDP on a CPU without a word. So two of its methods are replaced: with gloo and the CPU it goes the way
+    that it goes with nccl and GPUs. The engines themselves (torch's fully_shard, DeepSpeed) are untouched, and what runs is asserted."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from transformers import TrainerCallback
+    import revela_nb.launch as launch
+    if engine != "ddp":
+        PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+        PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    class Look(launch.StopOnSignal):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            kinds = {type(p).__name__ for p in model.parameters()} | {"partitioned" for p in model.parameters() if hasattr(p, "ds_status")}
+            Path(args.output_dir, f"engine{args.process_index}.json").write_text(json.dumps({"engine": args.distributed_state.distributed_type.value, "world": args.world_size, "parameters": sorted(kinds)}))
+            return super().on_step_end(args, state, control, **kwargs)
+    launch.StopOnSignal = Look
+    for words in commands: assert main([*words, "--verbose"]) == 0
+
+
+def launch(engine, folder, *commands):
     "`accelerate launch` with our file, on two CPU processes."
-    accelerate = yaml.safe_load((ROOT / "configs" / f"{engine}.yaml").read_text()) | {"use_cpu": True, "num_processes": 2, "mixed_precision": "no", "main_process_port": 0}
+    accelerate = yaml.safe_load((ROOT / "configs" / f"{engine}.yaml").read_text()) | {"num_processes": 2, "main_process_port": 0}
+    if "mixed_precision" in accelerate: accelerate["mixed_precision"] = "no" # DeepSpeed has it in its own file
     (folder / "engine.yaml").write_text(yaml.safe_dump(accelerate))
-    path = ROOT / "configs" / "smollm2-135m-wiki.yaml"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "engine.yaml"), "-m", "revela_nb.cli", "train", str(path), "--output_dir", str(folder / "run"),
-               *shrink(yaml.safe_load(path.read_text()), hub), "--gradient_accumulation_steps", "2", *words]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=150, cwd=folder)
+    (folder / "commands.json").write_text(json.dumps(commands))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(folder / "engine.yaml"), __file__, engine, str(folder / "commands.json")], env=env, capture_output=True, text=True, timeout=170, cwd=ROOT)
+    assert done.returncode == 0, done.stderr.split("torch/distributed/elastic")[0][-4000:]
+    return done
 
 
-def test_launch_on_two_processes(hub, tmp_path):
-    "DDP and FSDP2, both with one group over both processes: the same losses, and a retriever that can be used."
+ENGINE_SAYS = {"ddp": ("MULTI_CPU", ["Parameter"]), "fsdp2": ("FSDP", ["DTensor"]), "deepspeed_zero2": ("DEEPSPEED", ["Parameter"]), "deepspeed_zero3": ("DEEPSPEED", ["Parameter", "partitioned"])}
+
+
+def check_engine(engine, run):
+    "The engine that we asked for, on both processes; and a retriever that can be used, with an adapter that has moved."
     from revela_nb.retriever import Retriever
-    losses = {}
-    for engine in ("ddp", "fsdp2"):
-        folder = tmp_path / engine
-        folder.mkdir()
-        done = launch(engine, hub, folder, "--gather_chunks", "true", "--logging_steps", "1", "--warmup_steps", "0", "--learning_rate", "0.01", "--lora_dropout", "0", "--temperature", "0.05")
-        assert done.returncode == 0 and "after 2 steps" in done.stdout, done.stderr[-3000:]
-        losses[engine] = [r["loss"] for r in map(json.loads, (folder / "run/log.jsonl").read_text().splitlines()) if "loss" in r]
-        assert Retriever.from_pretrained(folder / "run/retriever").encode_passages(CHUNKS, progress=False).isfinite().all()
-        assert json.loads((folder / "run/checkpoint-2/pending_log.json").read_text())["groups_per_step"] == 4 # there were two processes
-        adapter = load_file(folder / "run/retriever/adapter_model.safetensors")
-        assert any(x.abs().max() > 1e-4 for name, x in adapter.items() if "lora_B" in name) # zero before training
-    assert len(losses["ddp"]) == 2 and losses["fsdp2"] == pytest.approx(losses["ddp"], abs=1e-4)
+    for rank in (0, 1):
+        seen = json.loads((run / f"engine{rank}.json").read_text())
+        assert (seen["engine"], seen["parameters"], seen["world"]) == (*ENGINE_SAYS[engine], 2)
+    assert Retriever.from_pretrained(run / "retriever").encode_passages(CHUNKS, progress=False).isfinite().all()
+    adapter = load_file(run / "retriever/adapter_model.safetensors")
+    assert any(x.abs().max() > 0 for name, x in adapter.items() if "lora_B" in name) # zero before training
+    return adapter
+
+
+def test_every_recipe_under_fsdp2(hub, tmp_path):
+    "Two gloo processes, weights in shards."
+    commands = [["train", str(path), "--output_dir", str(tmp_path / path.stem), *shrink(yaml.safe_load(path.read_text()), hub), "--use_cpu", "false", "--warmup_steps", "0", "--temperature", "0.05"] for path in RECIPES]
+    launch("fsdp2", tmp_path, *commands)
+    for path in RECIPES: check_engine("fsdp2", tmp_path / path.stem)
+
+
+@pytest.fixture(scope="module")
+def beir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("beir")
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": f"d{i}", "title": "", "text": text}) + "\n" for i, text in enumerate(CHUNKS)))
+    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": f"q{i}", "text": text[:12]}) + "\n" for i, text in enumerate(CHUNKS)))
+    (folder / "qrels").mkdir()
+    (folder / "qrels/test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\td{i}\t1\n" for i in range(len(CHUNKS))))
+    return folder
+
+
+def engine_run(engine, hub, beir, folder):
+    "Four steps, broken off after two by a lost checkpoint, with evaluation: losses, retrieval figures, adapter."
+    if engine.startswith("deepspeed"): pytest.importorskip("deepspeed")
+    path = ROOT / "configs" / "smollm2-135m-wiki.yaml"
+    options = ["--logging_steps", "1", "--warmup_steps", "0", "--learning_rate", "0.01", "--lora_dropout", "0", "--temperature", "0.05", "--max_grad_norm", "0", "--lr_scheduler_type", "constant",
+               "--eval_beir", str(beir), "--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--gather_chunks", "true"]
+    command = ["train", str(path), "--output_dir", str(folder / "run"), *shrink(yaml.safe_load(path.read_text()), hub), "--use_cpu", str(engine == "ddp"), "--max_steps", "4", *options]
+    launch(engine, folder, command)
+    first = check_engine(engine, folder / "run")
+    for where in ("retriever", "checkpoint-4"): shutil.rmtree(folder / "run" / where)
+    launch(engine, folder, command) # goes on from step 2
+    adapter, lines = check_engine(engine, folder / "run"), [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
+    for name in first: torch.testing.assert_close(adapter[name], first[name], atol=1e-5, rtol=0)
+    return [r["loss"] for r in lines if "loss" in r], [r["eval_ndcg@10"] for r in lines if "eval_ndcg@10" in r], adapter
+
+
+@pytest.fixture(scope="module")
+def ddp_run(hub, beir, tmp_path_factory): return engine_run("ddp", hub, beir, tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "deepspeed_zero2", "deepspeed_zero3"])
+def test_engines_train_alike(engine, hub, beir, ddp_run, tmp_path):
+    "Sharded or whole, one group over both processes, broken off and resumed: the same losses, figures and adapter."
+    losses, figures, adapter = engine_run(engine, hub, beir, tmp_path)
+    assert len(losses) == 4 and losses == pytest.approx(ddp_run[0], abs=1e-4) and losses[-1] < losses[0]
+    assert len(figures) == 2 and figures == pytest.approx(ddp_run[1], abs=1e-6)
+    assert adapter.keys() == ddp_run[2].keys()
+    for name in adapter: torch.testing.assert_close(adapter[name], ddp_run[2][name], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -114,3 +182,6 @@ def test_deepspeed_files(stage, tmp_path, monkeypatch):
     from deepspeed.runtime.config import DeepSpeedConfig
     parsed = DeepSpeedConfig(own)
     assert parsed.zero_optimization_stage == stage and parsed.zero_enabled and parsed.train_micro_batch_size_per_gpu == 1 and parsed.gradient_accumulation_steps == 8
+
+
+if __name__ == "__main__": train_all(sys.argv[1], json.loads(Path(sys.argv[2]).read_text()))
