@@ -12,6 +12,8 @@ import hashlib
 import os
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from execnb.nbio import read_nb, write_nb
@@ -92,8 +94,11 @@ def main():
     os.environ["IN_TEST"] = "1"
     os.chdir(nbs)
     sys.path.insert(0, str(nbs.parent))
-    if args.check: sys.exit(sum(check(path, flags) for path in paths) > 0)
-    for path in paths: refresh(path, flags)
+    work = check if args.check else refresh
+    # each in a process of its own, as a reader runs it: what one chapter sets (fonts, logging) must not show in the next
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        found = sum(pool.submit(work, path, flags).result() or 0 for path in paths)
+    sys.exit(found > 0)
 
 
 if __name__ == "__main__": main()

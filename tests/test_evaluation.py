@@ -263,7 +263,7 @@ def share_of_two(rank, world, port, out):
 
 def test_two_processes_give_what_one_gives(tmp_path):
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    torch.multiprocessing.start_processes(share_of_two, (2, port, str(tmp_path)), 2, start_method="fork")
+    torch.multiprocessing.start_processes(share_of_two, (2, port, str(tmp_path)), 2, start_method="spawn")
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     expected = [[[i + 1., float(ord("a" if i else "b"))] for i in range(n)] for n in (1, 2, 7)]
     assert [r[0] for r in results] == [expected, expected]
