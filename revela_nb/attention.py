@@ -102,7 +102,7 @@ def select_pairs(
     weights:Tensor, # (N, N) in-batch weights
     min_weight:float|None=None, # pairs with this weight or less are left out; None: rounding unit / N, exact to rounding
 )->Tensor: # (N, N) bool, True where chunk i reads chunk j
-    "Pairs worth computing; the error is at most the sum of weights left out times the longest c (METHOD fact 3). Raises ValueError."
+    "Pairs worth computing; the error is at most the sum of weights left out times the longest c (pairs section of this notebook). Raises ValueError."
     if min_weight is None: min_weight = torch.finfo(weights.dtype).eps / len(weights)
     if not 0 <= min_weight < 1: raise ValueError(f"min_weight must be in [0, 1), got {min_weight}")
     return ~(weights.detach().abs() <= min_weight)                                     # NaN is kept, so that it shows in the loss
@@ -200,7 +200,7 @@ def cross_chunk_attention(
     value_norm:str="unit", # "unit" (paper), "rescaled" or "none"
     min_weight:float|None=None, # leave out pairs with this weight or less; None: exact to rounding
 )->Tensor: # (N, H, L, D) sum over j of w_ij c_ijt
-    "`cross_chunk_einsum` over the pairs that matter (Revela section 3.2; METHOD facts 2 and 3). Raises ValueError."
+    "`cross_chunk_einsum` over the pairs that matter (Revela section 3.2). Raises ValueError."
     value = value.to(query.dtype)                                          # under autocast bf16, while RoPE makes query float32
     scale = value_scale(value, key_mask, value_norm)
     weights = weights * key_mask.any(-1)                                               # an all-padding chunk has nothing to say

@@ -115,7 +115,7 @@ def check_grouping(
 ) -> None:
     "Raises a ValueError that says what does not fit."
     if strategy not in STRATEGIES: raise ValueError(f"There is no strategy {strategy!r}; there are {', '.join(STRATEGIES)}.")
-    if group_size < 2: raise ValueError(f"group_size must be at least 2, not {group_size}: a chunk needs another one to read.")
+    if group_size < 2: raise ValueError(f"group_size must be at least 2, better more (two: all weights are 1): {group_size}")
     if strategy == "document" and (run_length < 1 or group_size % run_length):
         raise ValueError(f"run_length must divide group_size: {run_length} does not divide {group_size}.")
     missing = [name for name in ("_id", "doc_id", "text") if name not in chunks.column_names]
@@ -154,7 +154,7 @@ def padding_id(
 
 # %% ../nbs/02_batching.ipynb #f6005cd1
 class GroupCollator:
-    "Turns groups of chunks into one batch of tensors for the retriever and the language model (METHOD: one training step)."
+    "Turns groups of chunks into one batch of tensors for the retriever and the language model (Revela section 3)."
     def __init__(
         self,
         retriever_tokenizer, # appends its eos to queries and passages

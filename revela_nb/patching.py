@@ -46,7 +46,7 @@ def in_batch_attention(
     revela_reading:Reading|None=None, # weights, key mask, V-norm
     **kwargs, # the rest is passed on to the stock attention
 )->tuple[Tensor, None]: # (2B, L, H, D) attention output; no attention weights
-    "Stock causal attention for all rows, plus the cross-chunk sum for the in-batch rows (METHOD fact 1). Raises ValueError."
+    "Stock causal attention for all rows, plus the cross-chunk sum for the in-batch rows (the doubled batch). Raises ValueError."
     for name in ("softcap", "s_aux", "position_bias"):
         if kwargs.get(name) is not None: raise ValueError(f"{type(module).__name__} uses {name}: the in-batch stream cannot be added to it")
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
