@@ -264,3 +264,21 @@ def test_mteb_gives_our_figures(toy_task, toy, tmp_path):
     assert model.model_prompts == {"query": "query: ", "document": "passage: "} and model.mteb_model_meta.revision == revision
     found = mteb.evaluate(model, Toy(), cache=None, encode_kwargs={"batch_size": 8}, show_progress_bar=False)
     assert found[0].scores["test"][0]["ndcg_at_10"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mteb_run_command(toy_task, toy, tmp_path, monkeypatch):
+    "The command `mteb run` itself, by the registered name, on a task known to it: the figure in its results file is ours."
+    from mteb.cli import main
+    from mteb.get_tasks import _TASKS_REGISTRY
+    from revela_nb.evaluation import evaluate
+    from revela_nb.export import register_mteb
+    _, Toy, corpus, queries, qrels = toy_task
+    monkeypatch.setitem(_TASKS_REGISTRY, "RevelaToy", Toy)
+    ours = trained(toy, pooling="mean", lora=2, query_prefix="query: ", passage_prefix="passage: ")
+    ours.export_sentence_transformer(tmp_path / "out")
+    register_mteb(tmp_path / "out", "me/tiny")
+    monkeypatch.setattr("sys.argv", ["mteb", "run", "-m", "me/tiny", "-t", "RevelaToy", "--output-folder", str(tmp_path / "results"), "--batch-size", "8", "-v", "0"])
+    main()
+    found, = (tmp_path / "results").rglob("RevelaToy.json")
+    assert json.loads(found.read_text())["scores"]["test"][0]["ndcg_at_10"] == pytest.approx(evaluate(ours, corpus, queries, qrels)["ndcg@10"], abs=1e-5)
