@@ -32,8 +32,11 @@ def make_searcher(
     "BM25 or a retriever, ready to answer. Raises FileNotFoundError or ValueError for what is no model."
     from revela_nb.index import bm25_searcher, dense_searcher
     if model == "bm25": return bm25_searcher(chunks)
+    import torch
+    from accelerate import PartialState
     from revela_nb.retriever import Retriever
-    return dense_searcher(Retriever.from_pretrained(model), chunks, folder, progress=sys.stderr.isatty())
+    retriever = Retriever.from_pretrained(model).to(PartialState(cpu=not torch.cuda.is_available()).device)
+    return dense_searcher(retriever, chunks, folder, progress=sys.stderr.isatty())
 
 # %% ../nbs/18c_asking.ipynb #0e989989
 def find_place(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from .attention import in_batch_weights
@@ -214,7 +215,7 @@ class SentenceEncoder:
     ):
         "Raises a ValueError for a folder that sentence-transformers cannot load from safetensors."
         from sentence_transformers import SentenceTransformer # only needed here, slow to import
-        try: self.model = SentenceTransformer(str(folder), model_kwargs={"use_safetensors": True})
+        try: self.model = SentenceTransformer(str(folder), device=str(PartialState(cpu=not torch.cuda.is_available()).device), model_kwargs={"use_safetensors": True})
         except Exception as error: raise ValueError(f"sentence-transformers cannot load '{folder}': {str(error).splitlines()[0]}") from error
 
     def encode_queries(self,
@@ -237,7 +238,7 @@ class SentenceEncoder:
 def load_system(
     name_or_path: str | Path, # a retriever, a backbone or a sentence-transformers model: a folder or a name on the hub
 ) -> Retriever | SentenceEncoder: # either can be given to `evaluate`
-    "Whatever can be measured, by name. Raises FileNotFoundError or ValueError saying what is missing or broken."
+    "Whatever can be measured, by name, on this process's device. Raises FileNotFoundError or ValueError saying what is missing or broken."
     folder = find_folder(name_or_path)
     if (folder / "modules.json").exists() and not (folder / "retriever_config.json").exists(): return SentenceEncoder(folder)
-    return Retriever.from_pretrained(name_or_path)
+    return Retriever.from_pretrained(name_or_path).to(PartialState(cpu=not torch.cuda.is_available()).device)

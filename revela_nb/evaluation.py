@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['log', 'score_queries', 'score_run', 'read_lines', 'read_records', 'read_qrels', 'find_file', 'unpack_beir',
-           'load_beir', 'passage_texts', 'split_words', 'tokenize_words', 'bm25_run', 'search', 'dense_run',
-           'encode_across_processes', 'evaluate', 'write_run', 'read_run']
+           'load_beir', 'passage_texts', 'split_words', 'tokenize_words', 'bm25_run', 'search',
+           'encode_across_processes', 'dense_run', 'evaluate', 'write_run', 'read_run']
 
 # %% ../nbs/08_evaluation.ipynb #26255921
 import csv, gzip, json, logging, math, os, re, tempfile, zipfile, zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import bm25s, faiss, pytrec_eval
@@ -213,23 +214,6 @@ def search(
     index.add(passages)
     return index.search(queries, k)
 
-# %% ../nbs/08_evaluation.ipynb #1caa0c4d
-def dense_run(
-    retriever: Retriever, # or anything with encode_queries and encode_passages
-    corpus: dict[str, dict[str, str]], # title and text by document id
-    queries: dict[str, str], # text by query id
-    k: int = 100, # documents a query
-    batch_size: int = 32, # texts a batch
-    progress: bool = False, # whether to show a bar
-) -> dict[str, dict[str, float]]: # score by query id and document id, best first
-    "Encode everything and search."
-    passages = retriever.encode_passages(passage_texts(corpus), batch_size=batch_size, progress=progress)
-    texts = retriever.encode_queries(list(queries.values()), batch_size=batch_size, progress=progress)
-    scores, indices = search(texts, passages, k)
-    ids = list(corpus)
-    return {query: {ids[i]: score for i, score in zip(row_i, row_s)}
-            for query, row_i, row_s in zip(queries, indices.tolist(), scores.tolist())}
-
 # %% ../nbs/08_evaluation.ipynb #08e20002
 def encode_across_processes(
     encode: Callable[[list[str]], torch.Tensor], # `retriever.encode_passages`, say
@@ -240,6 +224,23 @@ def encode_across_processes(
     if state.num_processes == 1 or not texts: return encode(texts)
     with state.split_between_processes(list(texts)) as share: mine = encode(share).cpu()
     return torch.cat(gather_object([mine]))
+
+# %% ../nbs/08_evaluation.ipynb #1caa0c4d
+def dense_run(
+    retriever: Retriever, # or anything with encode_queries and encode_passages
+    corpus: dict[str, dict[str, str]], # title and text by document id
+    queries: dict[str, str], # text by query id
+    k: int = 100, # documents a query
+    batch_size: int = 32, # texts a batch
+    progress: bool = False, # whether to show a bar
+) -> dict[str, dict[str, float]]: # score by query id and document id, best first
+    "Encode everything, each process its share, and search."
+    passages, texts = (encode_across_processes(partial(encode, batch_size=batch_size, progress=progress), rows)
+                       for encode, rows in ((retriever.encode_passages, passage_texts(corpus)), (retriever.encode_queries, list(queries.values()))))
+    scores, indices = search(texts, passages, k)
+    ids = list(corpus)
+    return {query: {ids[i]: score for i, score in zip(row_i, row_s)}
+            for query, row_i, row_s in zip(queries, indices.tolist(), scores.tolist())}
 
 # %% ../nbs/08_evaluation.ipynb #d7dbf331
 def evaluate(

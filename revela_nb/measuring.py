@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'METRICS', 'load_model', 'make_run', 'read_known_run', 'tune_weight', 'make_runs', 'evaluate_task',
-           'shorten_text', 'show_comparison', 'file_marks', 'task_key', 'finished_record', 'evaluate_tasks',
-           'show_tasks', 'read_weight', 'check_evaluation', 'evaluate_model']
+           'shorten_text', 'show_comparison', 'file_marks', 'task_key', 'finished_record', 'is_first_process',
+           'evaluate_tasks', 'show_tasks', 'read_weight', 'check_evaluation', 'evaluate_model']
 
 # %% ../nbs/18b_measuring.ipynb #ec7a508b
 import argparse, hashlib, json, logging, math, sys
@@ -175,6 +175,13 @@ def finished_record(
     if isinstance(record, dict) and record.get("key") == key: return record
     log.warning("'%s' was made from another model, other data or other options: measured again", path)
 
+# %% ../nbs/18b_measuring.ipynb #a1e50002
+def is_first_process()->bool: # True where there is only one
+    "Whether this process prints and writes; of those that `accelerate launch` started, the first."
+    import torch
+    from accelerate import PartialState
+    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+
 # %% ../nbs/18b_measuring.ipynb #e5a10008
 def evaluate_tasks(
     args:argparse.Namespace, # of `revela evaluate`
@@ -193,7 +200,7 @@ def evaluate_tasks(
             log.info("%s: %d documents, %d queries", name, len(task[0]), len(task[1]))
             if isinstance(model, str): model = load_model(model, args.cache)
             record = {"key": key, "task": name, "model": args.model, "split": args.split, "k": args.k} | evaluate_task(model, task, args.k, args.hybrid, args.compare, args.cache, read_weight(args.weight))[0]
-            if path: write_json(record, path)
+            if path and is_first_process(): write_json(record, path)
         records[name] = record
     return records
 
@@ -249,9 +256,10 @@ def evaluate_model(
         corpus, queries, qrels = load_beir(args.data, args.split)
         log.info("%d documents, %d queries of the split '%s'", len(corpus), len(queries), args.split)
         record, run = evaluate_task(args.model, (corpus, queries, qrels, {}), args.k, args.hybrid, args.compare, args.cache, read_weight(args.weight))
-        if args.run_file: write_run(run, args.run_file)
-        if args.json: write_json(record["rows"]["model"] | {"model": args.model, "data": args.data, "split": args.split, "k": args.k} | record, args.json)
+        if args.run_file and is_first_process(): write_run(run, args.run_file)
+        if args.json and is_first_process(): write_json(record["rows"]["model"] | {"model": args.model, "data": args.data, "split": args.split, "k": args.k} | record, args.json)
         records = {Path(args.data).name or args.data: record}
+    if not is_first_process(): return
     if names or args.hybrid: show_tasks(records, args.model)
     else:
         for metric, label in METRICS.items(): print(f"{label:12s}{record['rows']['model'][metric]:.4f}")

@@ -125,6 +125,8 @@ def embed_chunks(
     progress: bool, # show a bar
 ) -> None:
     "The vectors of all chunks as one .npy file a shard, as far as they are not there. Raises what loading a retriever raises."
+    import torch
+    from accelerate import PartialState
     from revela_nb.retriever import Retriever
     retriever = None
     with stage_bar("vectors", sum(shard["chunks"] for shard in shards), "chunk", progress) as bar:
@@ -132,7 +134,7 @@ def embed_chunks(
             path = folder / shard["file"].replace("chunks", "vectors").replace(".arrow", ".npy")
             record = path.with_suffix(".json")
             if not record.is_file() or not intact(folder, [json.loads(record.read_text(encoding="utf-8"))]):
-                retriever = retriever or Retriever.from_pretrained(options.retriever)
+                retriever = retriever or Retriever.from_pretrained(options.retriever).to(PartialState(cpu=not torch.cuda.is_available()).device)
                 texts = load_chunks(folder / shard["file"], ["text"])["text"].to_pylist()
                 blocks = [retriever.encode_passages(texts[i:i + 1024], progress=False).numpy() for i in range(0, len(texts), 1024)]
                 vectors = np.concatenate(blocks) if blocks else np.empty((0, retriever.dim), np.float32)

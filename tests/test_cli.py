@@ -316,6 +316,23 @@ def test_config_may_stand_anywhere(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="unrecognized arguments"): parse_arguments(words.split())
 
 
+def test_evaluate_by_two_processes_prints_and_writes_once(beir, models, capsys):
+    "`accelerate launch`: each process encodes its share into the cache; the figures are those of one process."
+    model = str(models / "llama")
+    assert main(["evaluate", model, "--data", "beir", "--run-file", "one.trec"]) == 0
+    printed = capsys.readouterr().out
+    words = ["evaluate", model, "--data", "beir", "--run-file", "two.trec", "--json", "two.json", "--cache", "kept"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs" / "ddp.yaml"), "--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", "-m", "revela_nb.cli"]
+    done = subprocess.run(launch + words, capture_output=True, text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == printed
+    one, two = ({tuple(line.split()[::2]): float(line.split()[4]) for line in Path(f"{n}.trec").read_text().splitlines()} for n in ("one", "two"))
+    assert {k[:2] for k in one} == {k[:2] for k in two} and [*two.values()] == pytest.approx([*one.values()], abs=1e-5)
+    assert "ndcg@10" in json.loads(Path("two.json").read_text())
+    kept = [json.loads(note.read_text())["keys"] for note in Path("kept").rglob("*.json")]
+    assert sum(map(len, kept)) == 8 and len(kept) == 4, "six documents and two queries, half of each by each process"
+
+
 def test_evaluate_refuses(beir, capsys, models):
     refused(capsys, ["evaluate", "bm25", "--data", "nowhere"], "nowhere")
     refused(capsys, ["evaluate", "bm25", "--data", "beir/qrels"], "corpus.jsonl")
