@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 import test_trainer as toy
-import revela_nb.trainer as module
+import revela_nb.checkpoints as module
 from revela_nb.launch import LogToFile, StopOnSignal
-from revela_nb.trainer import RevelaTrainer, checkpoint_fault, last_checkpoint
+from revela_nb.checkpoints import checkpoint_fault, last_checkpoint
+from revela_nb.trainer import RevelaTrainer
 from test_distributed import run
 
 SETTINGS = dict(max_steps=8, save_strategy="steps", save_steps=2, save_total_limit=3)
@@ -73,7 +74,7 @@ FAULTS = {"half model": ("model.safetensors", halve), "empty model": ("model.saf
 def test_damaged_checkpoint(tmp_path, six_steps, whole, name, caplog):
     folder, (file, damage) = copy(six_steps, tmp_path), FAULTS[name]
     damage(folder / "checkpoint-6" / file)
-    with caplog.at_level("WARNING", "revela_nb.trainer"): assert last_checkpoint(folder).name == "checkpoint-4"
+    with caplog.at_level("WARNING", "revela_nb.checkpoints"): assert last_checkpoint(folder).name == "checkpoint-4"
     assert "skipping" in caplog.text and "checkpoint-6" in caplog.text
     nothing_lost(folder, whole)
 

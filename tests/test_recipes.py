@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from revela_nb.cli import main
-from revela_nb.trainer import last_checkpoint
+from revela_nb.checkpoints import last_checkpoint
 
 ROOT = Path(__file__).parents[1]
 ENGINES = ("ddp", "fsdp2", "deepspeed_zero2", "deepspeed_zero3")

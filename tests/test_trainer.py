@@ -20,7 +20,8 @@ from transformers.trainer_callback import PrinterCallback
 from revela_nb.batching import GroupCollator
 from revela_nb.model import Revela
 from revela_nb.retriever import LORA_TARGETS, Retriever
-from revela_nb.trainer import SEAL, RevelaArguments, RevelaTrainer, build_lm, checkpoint_fault, last_checkpoint, scheduled_temperature, trainable_state
+from revela_nb.checkpoints import SEAL, checkpoint_fault, last_checkpoint, trainable_state
+from revela_nb.trainer import RevelaArguments, RevelaTrainer, build_lm, scheduled_temperature
 
 CHUNKS = ["The cat sat on the warm mat. It purred.", "A cat purrs when it is warm and calm.", "Dogs bark at cats.",
           "Python lists grow with append. A list keeps order.", "Append adds one item.", "A tuple is a list that cannot grow."]
@@ -306,7 +307,7 @@ def test_last_checkpoint_skips_what_is_broken(tmp_path, caplog):
         file.seek(200)
         file.write(b"garbage")
     (folders[2] / "rng_state.pth").unlink()
-    with caplog.at_level(logging.WARNING, "revela_nb.trainer"): assert last_checkpoint(tmp_path) == folders[1]
+    with caplog.at_level(logging.WARNING, "revela_nb.checkpoints"): assert last_checkpoint(tmp_path) == folders[1]
     text = caplog.text
     assert "not written to the end" in text and "optimizer.pt is damaged" in text and "rng_state.pth is missing" in text
     with pytest.raises(ValueError, match="optimizer.pt is damaged"): train(tmp_path, resume=str(folders[3]))
@@ -319,7 +320,7 @@ def test_a_run_without_checkpoints_begins(tmp_path):
 
 
 def test_old_checkpoints_go_only_after_the_new_one_is_complete(tmp_path, monkeypatch):
-    import revela_nb.trainer as module
+    import revela_nb.checkpoints as module
     seal, complete = module.seal_checkpoint, []
     def sealed(folder):
         complete.append(sorted(p.parent.name for p in tmp_path.glob("checkpoint-*/" + SEAL)))
