@@ -142,7 +142,7 @@ def load_corpus(
     source: str | Path, # "python" (or one half, "python:stdlib", "python:packages"), a file or folder, or a hub data set
     split: str = "train", # which split, for a hub data set only
 ) -> Dataset: # columns `_id`, `title`, `text`, in a fixed order
-    "Documents from any source; what is left out is counted and logged. Raises FileNotFoundError, or ValueError for no usable document."
+    "Documents from any source; what is left out is counted and logged. Raises FileNotFoundError, or ValueError without documents."
     skipped, seen = Skipped(), set()
     columns = {name: [] for name in CORPUS_FEATURES}
     for id, title, text in stream_documents(source, skipped, split):
