@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from .attention import in_batch_weights
 from .batching import pad_rows
+from .loading import find_folder
 from .model import Revela, RevelaOutput
 from .patching import base_lm, head_reads
-from .retriever import Retriever, evaluating, find_folder
+from .retriever import Retriever, evaluating
 
 # %% ../nbs/16_baselines.ipynb #77fea917
 def pick_others(

@@ -14,7 +14,8 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import PeftModel
 
 from .index import model_fingerprint
-from .retriever import Retriever, save_retriever
+from .loading import save_retriever
+from .retriever import Retriever
 
 # %% ../nbs/13_export.ipynb #0bf923fb
 def export_adapter(

@@ -19,7 +19,8 @@ from datasets import Dataset, load_from_disk
 from .corpus import chunk_corpus, chunk_text
 from .reading import load_corpus
 from .evaluation import passage_texts, tokenize_words
-from .retriever import SETTINGS, Retriever, replacing_folder
+from .loading import SETTINGS, replacing_folder
+from .retriever import Retriever
 
 # %% ../nbs/11_index.ipynb #f1df140e
 log = logging.getLogger("revela_nb.index")

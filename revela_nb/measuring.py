@@ -156,7 +156,7 @@ def task_key(
     task:str, # its name
 )->str: # 16 hexadecimal digits
     "A hash of all that decides a task's figures: model and other with their files, data, options, version."
-    from revela_nb.retriever import find_folder
+    from revela_nb.loading import find_folder
     models = [m for m in (args.model, args.compare) if m]
     marks = [[m, [] if m == "bm25" else file_marks(m if Path(m).is_file() else find_folder(m))] for m in models]
     data = file_marks(Path(args.data) / task) if args.data else []

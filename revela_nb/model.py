@@ -23,8 +23,9 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import ModelOutput
 
 from .attention import VALUE_NORMS, cross_chunk_attention, in_batch_weights, value_scale
+from .loading import LORA_TARGETS, add_lora, find_folder, quiet_transformers
 from .patching import InBatchOutput, base_lm, double, head_reads, in_batch_forward, labelled_positions
-from .retriever import LORA_TARGETS, Retriever, add_lora, find_folder, quiet_transformers
+from .retriever import Retriever
 
 # %% ../nbs/06_model.ipynb #4ea3df1b
 def build_lm(

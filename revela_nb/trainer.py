@@ -25,9 +25,10 @@ from torch.nn.utils import get_total_norm
 from transformers import TrainingArguments
 
 from .checkpoints import CheckpointTrainer, mean_sums
+from .loading import save_retriever
 from .model import Revela, RevelaOutput, build_lm # build_lm: for those who look for it here
 from .patching import labelled_positions
-from .retriever import Retriever, save_retriever
+from .retriever import Retriever
 
 # %% ../nbs/07_trainer.ipynb #c3e57b17
 @dataclass

@@ -239,7 +239,7 @@ def adapter_settings(
         if options.lora_alpha is not None or options.lora_dropout: raise ValueError("lora_alpha and lora_dropout need --lora RANK")
         return None
     from peft import LoraConfig
-    from revela_nb.retriever import LORA_TARGETS
+    from revela_nb.loading import LORA_TARGETS
     alpha = 2 * options.lora if options.lora_alpha is None else options.lora_alpha
     return LoraConfig(r=options.lora, lora_alpha=alpha, lora_dropout=options.lora_dropout, target_modules=LORA_TARGETS, task_type=task)
 
@@ -250,7 +250,8 @@ def build_training(
     "Model and collator. Raises FileNotFoundError, TypeError or ValueError for models that are none or cannot be patched."
     from revela_nb.batching import GroupCollator
     from revela_nb.model import Revela
-    from revela_nb.retriever import Retriever, find_folder, load_tokenizer
+    from revela_nb.loading import find_folder, load_tokenizer
+    from revela_nb.retriever import Retriever
     from revela_nb.trainer import build_lm
     name = options.retriever
     if name is None:

@@ -10,7 +10,8 @@ from test_retriever import SMALL, TEXTS, make_backbone
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
-from revela_nb.retriever import LORA_TARGETS, Retriever, replacing_folder
+from revela_nb.loading import LORA_TARGETS, replacing_folder
+from revela_nb.retriever import Retriever
 
 LONG = ["warm cats and dogs " * n for n in (1, 60, 3, 200)]
 ALL = TEXTS + LONG + ["  spaces at both ends \n", "query: twice", "<eos> in the middle <eos>", "héllo 日本 🐈"]

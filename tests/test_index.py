@@ -14,7 +14,7 @@ def retriever():
     "A tiny random Llama with the package's tokenizer."
     from pathlib import Path
     from transformers import LlamaConfig, LlamaModel, set_seed
-    from revela_nb.retriever import load_tokenizer
+    from revela_nb.loading import load_tokenizer
     set_seed(0)
     tokenizer = load_tokenizer(Path(__file__).parents[1] / "revela_nb" / "backbone")
     model = LlamaModel(LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2))

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config,
                           Qwen3Config, T5Config, T5Model)
 
-from revela_nb.retriever import LORA_TARGETS, Retriever, evaluating, length_batches, pad_rows, pool_hidden, tokenize_texts
+from revela_nb.loading import LORA_TARGETS
+from revela_nb.retriever import Retriever, evaluating, length_batches, pad_rows, pool_hidden, tokenize_texts
 
 TEXTS = ["The cat sat on the warm mat. It purred.", "A cat purrs.", "", "Dogs bark at cats that sit on mats. " * 5, "x = get_userName()"]
 SMALL = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)

@@ -19,7 +19,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from revela_nb.batching import GroupCollator
 from revela_nb.model import Revela
-from revela_nb.retriever import LORA_TARGETS, Retriever
+from revela_nb.loading import LORA_TARGETS
+from revela_nb.retriever import Retriever
 from revela_nb.checkpoints import SEAL, checkpoint_fault, last_checkpoint, trainable_state
 from revela_nb.trainer import RevelaArguments, RevelaTrainer, build_lm, scheduled_temperature
 
