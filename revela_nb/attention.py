@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EPS', 'VALUE_NORMS', 'PADDING_SCORE', 'PAIRS', 'BLOCK', 'in_batch_weights', 'value_scale', 'cross_chunk_einsum',
            'add_key_bias', 'fold_queries', 'select_pairs', 'read_by_sdpa', 'list_blocks', 'attend_block',
-           'ReadByMatmul', 'cross_chunk_attention']
+           'matmul_gradients', 'ReadByMatmul', 'cross_chunk_attention']
 
 # %% ../nbs/04_attention.ipynb #7b886b77
 import math
@@ -102,7 +102,7 @@ def select_pairs(
     weights:Tensor, # (N, N) in-batch weights
     min_weight:float|None=None, # pairs with this weight or less are left out; None: rounding unit / N, exact to rounding
 )->Tensor: # (N, N) bool, True where chunk i reads chunk j
-    "Pairs worth computing; the error is at most the sum of weights left out times the longest c (pairs section of this notebook). Raises ValueError."
+    "Pairs worth computing; the error is at most the sum of weights left out times the longest c. Raises a ValueError."
     if min_weight is None: min_weight = torch.finfo(weights.dtype).eps / len(weights)
     if not 0 <= min_weight < 1: raise ValueError(f"min_weight must be in [0, 1), got {min_weight}")
     return ~(weights.detach().abs() <= min_weight)                                     # NaN is kept, so that it shows in the loss
@@ -149,6 +149,29 @@ def attend_block(
     return torch.softmax(scores, -1, out=scores)
 
 # %% ../nbs/04_attention.ipynb #f6774c90
+def matmul_gradients(
+    query:Tensor, # (N, Hkv, Q, D+1) folded queries
+    key:Tensor, # (Hkv, N, L, D+1) keys with bias
+    value:Tensor, # (Hkv, N, L, D) directions
+    weights:Tensor, # (N, N) in-batch weights
+    keep:Tensor, # (N, N) bool, pairs to read
+    grad:Tensor, # (N, Hkv, Q, D) gradient of the output
+)->tuple: # gradients of query, key, value, weights
+    "Attention again, then one matrix product for each gradient."
+    dq, dk, dv, dw = (torch.zeros_like(x) for x in (query, key, value, weights))
+    for i, j in list_blocks(keep, query[0, ..., 0].numel() * key.shape[2]):
+        k, u, w, g = key[:, j], value[:, j], weights[i, j, None, None], grad[i].contiguous()
+        p = attend_block(query[i], k)                                                 # (Hkv, Q, n, L)
+        du = torch.bmm(p.flatten(2).mT, g).view_as(u)                                 # before weighting
+        dw[i, j] = (du * u).sum((0, 2, 3))
+        dv.index_add_(1, j, du * w)
+        dp = torch.bmm(g, u.flatten(1, 2).mT).view_as(p)
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).flatten(2)     # softmax's own backward
+        dq[i].baddbmm_(ds, (k * w).flatten(1, 2))
+        dk.index_add_(1, j, torch.bmm(ds.mT, query[i]).view_as(k) * w)
+    return dq, dk, dv, dw
+
+# %% ../nbs/04_attention.ipynb #f6774c91
 class ReadByMatmul(torch.autograd.Function):
     "Reading by matrix products, a block of pairs at a time; saves only its inputs and computes attention again in backward."
     @staticmethod
@@ -171,23 +194,9 @@ class ReadByMatmul(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     @torch.autocast("cpu", enabled=False)
-    def backward(ctx,
-        grad:Tensor, # (N, Hkv, Q, D) gradient of the output
-    )->tuple: # gradients of query, key, value, weights; None for keep
-        "Attention again, then one matrix product for each gradient."
-        query, key, value, weights, keep = ctx.saved_tensors
-        dq, dk, dv, dw = (torch.zeros_like(x) for x in (query, key, value, weights))
-        for i, j in list_blocks(keep, query[0, ..., 0].numel() * key.shape[2]):
-            k, u, w, g = key[:, j], value[:, j], weights[i, j, None, None], grad[i].contiguous()
-            p = attend_block(query[i], k)                                                 # (Hkv, Q, n, L)
-            du = torch.bmm(p.flatten(2).mT, g).view_as(u)                                 # before weighting
-            dw[i, j] = (du * u).sum((0, 2, 3))
-            dv.index_add_(1, j, du * w)
-            dp = torch.bmm(g, u.flatten(1, 2).mT).view_as(p)
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).flatten(2)     # softmax's own backward
-            dq[i].baddbmm_(ds, (k * w).flatten(1, 2))
-            dk.index_add_(1, j, torch.bmm(ds.mT, query[i]).view_as(k) * w)
-        return dq, dk, dv, dw, None
+    def backward(ctx, grad:Tensor)->tuple:
+        "Gradients of query, key, value, weights; None for keep."
+        return *matmul_gradients(*ctx.saved_tensors, grad), None
 
 # %% ../nbs/04_attention.ipynb #3f412903
 def cross_chunk_attention(

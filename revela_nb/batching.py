@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['log', 'GROUP_FEATURES', 'STRATEGIES', 'cut_runs', 'join_runs', 'nearest_groups', 'make_groups', 'check_grouping',
-           'token_ids', 'pad_rows', 'padding_id', 'GroupCollator']
+           'token_ids', 'pad_rows', 'padding_id', 'retriever_rows', 'lm_rows', 'flatten_groups', 'check_collator',
+           'GroupCollator']
 
 # %% ../nbs/02_batching.ipynb #1c8d835e
 import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import bm25s
 import numpy as np
@@ -92,7 +94,7 @@ def make_groups(
     seed: int = 0, # the same seed gives the same groups
     run_length: int = 4, # "document" only: neighbouring chunks in a run; group_size gives one document a group
 ) -> Dataset: # columns `ids` and `texts`, lists of exactly group_size; groups in random order
-    "Related chunks as groups (Revela section 4). Raises a ValueError for too few chunks, an unknown strategy or sizes that do not fit."
+    "Related chunks as groups (Revela section 4). Raises a ValueError for too few chunks, unknown strategies or sizes that do not fit."
     check_grouping(chunks, group_size, strategy, run_length)
     rng = np.random.default_rng(seed)
     if strategy == "document":
@@ -153,53 +155,74 @@ def padding_id(
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 # %% ../nbs/02_batching.ipynb #f6005cd1
+def retriever_rows(
+    tokenizer, # the retriever's
+    texts: list[str], # chunks
+    prefix: str, # before each chunk
+    fractions: list[float], # the part of each prefix + chunk that is kept; 1 for all of it
+    limit: int, # tokens of a row at most, without its eos
+) -> list[list[int]]: # token ids, not padded
+    "Prefix + text, cut, at least one token where there is any, then eos."
+    rows = token_ids(tokenizer, [prefix + text for text in texts], limit)
+    return [row[:max(1, int(fraction * len(row)))] + [tokenizer.eos_token_id] for row, fraction in zip(rows, fractions)]
+
+def lm_rows(
+    tokenizer, # the language model's
+    texts: list[str], # chunks
+    limit: int, # tokens of a row at most
+) -> list[list[int]]: # token ids, not padded
+    "The bare chunks; a chunk without tokens is one eos."
+    return [row or [tokenizer.eos_token_id] for row in token_ids(tokenizer, texts, limit)]
+
+# %% ../nbs/02_batching.ipynb #f6005cd2
+def flatten_groups(
+    rows: list[dict], # groups: dicts with "texts", a list of chunks, and perhaps "query_fraction"
+    query_fraction: float, # for groups that bring none
+) -> tuple[list[str], list[float]]: # all chunks, and the part of each that is its query
+    "The chunks of all groups in one list. Raises a ValueError for groups of different sizes."
+    sizes = {len(row["texts"]) for row in rows}
+    if len(sizes) != 1 or 0 in sizes:
+        raise ValueError(f"A batch needs groups of one size with at least one chunk; these have {sorted(sizes)} chunks.")
+    texts = [text for row in rows for text in row["texts"]]
+    return texts, [row.get("query_fraction", query_fraction) for row in rows for _ in row["texts"]]
+
+def check_collator(
+    tokenizers: dict, # tokenizers by whose they are
+    max_length: int, # tokens a row at most, eos included
+    query_fraction: float, # the part of prefix + chunk that is the query
+) -> None:
+    "Raises a ValueError for a tokenizer without eos, a length or a fraction out of range."
+    for name, tokenizer in tokenizers.items():
+        if tokenizer.eos_token_id is None:
+            raise ValueError(f"The {name}'s tokenizer has no eos token; set one, for example tokenizer.eos_token = '</s>'.")
+    if max_length < 2: raise ValueError(f"max_length must be at least 2 (one token and eos), not {max_length}.")
+    if not 0 < query_fraction <= 1: raise ValueError(f"query_fraction must be above 0 and at most 1, not {query_fraction}.")
+
+# %% ../nbs/02_batching.ipynb #f6005cd5
+@dataclass(eq=False)
 class GroupCollator:
     "Turns groups of chunks into one batch of tensors for the retriever and the language model (Revela section 3)."
-    def __init__(
-        self,
-        retriever_tokenizer, # appends its eos to queries and passages
-        lm_tokenizer, # reads the bare chunks
-        max_length: int = 160, # tokens a row at most, eos included
-        query_prefix: str = "query: ", # before the first half of every chunk
-        passage_prefix: str = "passage: ", # before every whole chunk
-        query_fraction: float = 0.5, # the part of prefix + chunk that is the query; a row's own "query_fraction" goes before
-    ):
-        for name, tokenizer in [("retriever", retriever_tokenizer), ("language model", lm_tokenizer)]:
-            if tokenizer.eos_token_id is None:
-                raise ValueError(f"The {name}'s tokenizer has no eos token; set one, for example tokenizer.eos_token = '</s>'.")
-        if max_length < 2: raise ValueError(f"max_length must be at least 2 (one token and eos), not {max_length}.")
-        if not 0 < query_fraction <= 1: raise ValueError(f"query_fraction must be above 0 and at most 1, not {query_fraction}.")
-        self.retriever_tokenizer, self.lm_tokenizer = retriever_tokenizer, lm_tokenizer
-        self.max_length, self.query_fraction = max_length, query_fraction
-        self.query_prefix, self.passage_prefix = query_prefix, passage_prefix
+    retriever_tokenizer: object # appends its eos to queries and passages
+    lm_tokenizer: object # reads the bare chunks
+    max_length: int = 160 # tokens a row at most, eos included
+    query_prefix: str = "query: " # before the first half of every chunk
+    passage_prefix: str = "passage: " # before every whole chunk
+    query_fraction: float = 0.5 # the part of prefix + chunk that is the query; a row's own "query_fraction" goes before
+
+    def __post_init__(self):
+        tokenizers = {"retriever": self.retriever_tokenizer, "language model": self.lm_tokenizer}
+        check_collator(tokenizers, self.max_length, self.query_fraction)
 
     def __call__(
         self,
         rows: list[dict], # groups of one size: dicts with "texts", a list of chunks
     ) -> dict[str, Tensor | int]: # three (G*B, L) inputs with their masks, `labels`, and the int `group_size`
         "Stack all chunks of all groups. Raises a ValueError for groups of different sizes."
-        sizes = {len(row["texts"]) for row in rows}
-        if len(sizes) != 1 or 0 in sizes:
-            raise ValueError(f"A batch needs groups of one size with at least one chunk; these have {sorted(sizes)} chunks.")
-        texts = [text for row in rows for text in row["texts"]]
-        fractions = [row.get("query_fraction", self.query_fraction) for row in rows for _ in row["texts"]]
-        passages, queries = self.retriever_rows(texts, fractions)
-        bare = [row or [self.lm_tokenizer.eos_token_id] for row in token_ids(self.lm_tokenizer, texts, self.max_length)]
-        batch = {"group_size": sizes.pop()}
-        tokenizers = self.retriever_tokenizer, self.retriever_tokenizer, self.lm_tokenizer
-        for name, ids, tokenizer in zip(("query_", "passage_", ""), (queries, passages, bare), tokenizers):
-            batch[name + "input_ids"], batch[name + "attention_mask"] = pad_rows(ids, padding_id(tokenizer))
-        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        return batch
-
-    def retriever_rows(
-        self,
-        texts: list[str], # chunks
-        fractions: list[float], # the part of each that is its query
-    ) -> tuple[list[list[int]], list[list[int]]]: # passages, queries: each prefix + text + eos
-        "Whole chunks as passages, their first parts as queries: prefix, cut, at least one token where there is any, eos."
-        eos, limit = self.retriever_tokenizer.eos_token_id, self.max_length - 1
-        passages = token_ids(self.retriever_tokenizer, [self.passage_prefix + text for text in texts], limit)
-        queries = token_ids(self.retriever_tokenizer, [self.query_prefix + text for text in texts], limit)
-        halves = [row[:max(1, int(fraction * len(row)))] for row, fraction in zip(queries, fractions)]
-        return [row + [eos] for row in passages], [row + [eos] for row in halves]
+        (texts, fractions), limit = flatten_groups(rows, self.query_fraction), self.max_length - 1
+        batch, retriever, lm = {"group_size": len(rows[0]["texts"])}, self.retriever_tokenizer, self.lm_tokenizer
+        for kind, tokenizer, ids in (
+                ("query_", retriever, retriever_rows(retriever, texts, self.query_prefix, fractions, limit)),
+                ("passage_", retriever, retriever_rows(retriever, texts, self.passage_prefix, [1.0] * len(texts), limit)),
+                ("", lm, lm_rows(lm, texts, self.max_length))):
+            batch[kind + "input_ids"], batch[kind + "attention_mask"] = pad_rows(ids, padding_id(tokenizer))
+        return batch | {"labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}

@@ -15,7 +15,8 @@ from datasets import Dataset, Features, Value
 
 # %% ../nbs/01_corpus.ipynb #6b5ee710
 SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*\s+|[。！？]+[”」』）]*\s*|\n[ \t]*\n\s*")
-ABBREVIATIONS = frozenset("al approx ca cf ch dr eq eqs etc fig figs i.e e.g inc jr mr mrs ms no nos op pp prof ref refs sec sr st vol vols vs".split())
+ABBREVIATIONS = frozenset("al approx ca cf ch dr eq eqs etc fig figs i.e e.g inc jr mr mrs ms "
+                          "no nos op pp prof ref refs sec sr st vol vols vs".split())
 
 def ends_sentence(
     text: str, # the whole text

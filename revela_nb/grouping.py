@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'EMBEDDING', 'RARE_WORDS', 'RARE_BELOW', 'parse_strategy', 'weigh_words', 'rarest_words', 'WordIndex',
-           'greedy_groups', 'VectorIndex', 'cluster_groups', 'group_by']
+           'group_rest', 'greedy_groups', 'empty_index', 'VectorIndex', 'cluster_groups', 'group_by']
 
 # %% ../nbs/09b_grouping.ipynb #ee25ba19
 import math
@@ -48,7 +48,8 @@ def weigh_words(
     tokenizer, ids = bm25s.tokenization.Tokenizer(stopwords="en", stemmer=Stemmer.Stemmer("english")), []
     for texts in pieces: ids += tokenizer.tokenize(texts, update_vocab=True, return_as="ids", show_progress=False)
     vocabulary = tokenizer.get_vocab_dict()
-    if set(vocabulary) <= {""}: raise ValueError("No chunk holds a word that BM25 could match; take the strategy 'document' or 'random'.")
+    if set(vocabulary) <= {""}:
+        raise ValueError("No chunk holds a word that BM25 could match; take the strategy 'document' or 'random'.")
     index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
     index.index((ids, vocabulary), show_progress=False)
     parts = [index.scores[name] for name in ("data", "indices", "indptr")]
@@ -98,6 +99,15 @@ class WordIndex:
             answers.append(chunks[np.lexsort((chunks, -scores))[:k]])
         return answers
 
+# %% ../nbs/09b_grouping.ipynb #47b30378
+def group_rest(
+    free: np.ndarray, # (n,) bool, chunks without a group
+    group_size: int, # B
+) -> np.ndarray: # (G, B) chunk numbers
+    "What is left, in the order of the corpus; fewer than B stay out."
+    rest = np.flatnonzero(free)
+    return rest[:len(rest) // group_size * group_size].reshape(-1, group_size)
+
 # %% ../nbs/09b_grouping.ipynb #47b30377
 def greedy_groups(
     nearest: Callable[[np.ndarray, np.ndarray, int], list[np.ndarray]], # (seeds, free, k) -> up to k free chunks each, nearest first
@@ -123,11 +133,22 @@ def greedy_groups(
             free[groups[-1]] = False
             bar.update(group_size)
         waiting = np.concatenate([np.array(again, dtype=waiting.dtype), waiting])
-    rest = np.flatnonzero(free)
-    last = rest[:len(rest) // group_size * group_size].reshape(-1, group_size)
-    return np.concatenate([np.array(groups, dtype=np.int64).reshape(-1, group_size), last])
+    return np.concatenate([np.array(groups, dtype=np.int64).reshape(-1, group_size), group_rest(free, group_size)])
 
 # %% ../nbs/09b_grouping.ipynb #542a2dfa
+def empty_index(
+    vectors: np.ndarray, # (n, D) float32, normalised: those that will go in
+    seed: int, # of k-means
+): # a faiss index, trained where it has cells, without vectors
+    "Exact below 20,000 vectors, √n cells above."
+    flat, cells = faiss.IndexFlatIP(vectors.shape[1]), int(math.sqrt(len(vectors)))
+    if len(vectors) < 20_000: return flat
+    index = faiss.IndexIVFFlat(flat, vectors.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
+    index.cp.seed = seed + 1
+    index.train(vectors[np.random.default_rng(seed).permutation(len(vectors))[:64 * cells]])
+    return index
+
+# %% ../nbs/09b_grouping.ipynb #542a2dfb
 class VectorIndex:
     "Nearest neighbours by dot product: exactly below 20,000 vectors, above it in the nearest 16 of √n cells."
     def __init__(
@@ -135,12 +156,7 @@ class VectorIndex:
         vectors: np.ndarray, # (n, D) float32, normalised
         seed: int = 0, # of k-means
     ):
-        self.vectors, cells = vectors, int(math.sqrt(len(vectors)))
-        self.index = faiss.IndexFlatIP(vectors.shape[1])
-        if len(vectors) >= 20_000:
-            self.index = faiss.IndexIVFFlat(self.index, vectors.shape[1], cells, faiss.METRIC_INNER_PRODUCT)
-            self.index.cp.seed = seed + 1
-            self.index.train(vectors[np.random.default_rng(seed).permutation(len(vectors))[:64 * cells]])
+        self.vectors, self.index = vectors, empty_index(vectors, seed)
         self.index.add(vectors)
 
     def nearest(

@@ -62,6 +62,7 @@ def open_bytes(
     file = io.BufferedReader(CountedFile(path, skipped), 2**20)
     return gzip.GzipFile(fileobj=file) if str(path).lower().endswith(".gz") else file
 
+# %% ../nbs/01b_readers.ipynb #2ec1a0b3
 def read_text(
     path: str | Path, # a text file
     skipped: Skipped, # receives the path where it cannot be read
@@ -96,8 +97,8 @@ def read_plain(
 class HtmlText(HTMLParser):
     "Collects the visible text and the title of a page."
     HIDDEN = frozenset("script style template noscript".split())
-    BLOCKS = frozenset("address article aside blockquote br dd div dl dt fieldset figcaption figure footer form h1 h2 h3 h4 h5 h6 header hr "
-                       "li main nav ol p pre section table td th tr ul".split())
+    BLOCKS = frozenset("address article aside blockquote br dd div dl dt fieldset figcaption figure footer form "
+                       "h1 h2 h3 h4 h5 h6 header hr li main nav ol p pre section table td th tr ul".split())
 
     def __init__(self):
         super().__init__(convert_charrefs=True)
@@ -169,6 +170,7 @@ def docx_text(
              for part in document.iter_inner_content()]
     return document.core_properties.title or "", "\n\n".join(parts)
 
+# %% ../nbs/01b_readers.ipynb #d335ee7b
 OFFICE = {".pdf": (pdf_text, "pypdf"), ".docx": (docx_text, "python-docx")}
 
 def read_office(

@@ -37,6 +37,7 @@ def module_files(
             if suffix != ".py" or name.startswith("test_") or name.endswith("_test") or name == "conftest": continue
             yield ".".join(package + [name] if name != "__init__" else package), os.path.join(folder, file)
 
+# %% ../nbs/01c_reading.ipynb #f1e2aabe
 def read_modules(
     half: str, # "stdlib" or "packages"
     skipped: Skipped, # receives what is left out
@@ -68,13 +69,14 @@ def hub_rows(
         lines = load_dataset("text", data_files={split: HUB_LINES[name]}, **options)
         yield from (json.loads(row["text"]) for row in lines if row["text"].strip())
 
+# %% ../nbs/01c_reading.ipynb #7905f463
 def read_hub(
     name: str, # such as "trumancai/revela_training_corpus"
     split: str, # such as "train"
     skipped: Skipped, # receives what is left out
     streaming: bool = False, # read over the network without keeping a copy
 ) -> Iterator[tuple[str, str, str]]: # id, title, text
-    "Documents of a hub data set. Raises FileNotFoundError for a mistyped path or what cannot be reached, ValueError for what cannot be loaded."
+    "Documents of a hub data set. Raises FileNotFoundError for a mistyped path or no answer, ValueError for what cannot be loaded."
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) or re.search(r"\.[A-Za-z]\w*$", name):
         raise FileNotFoundError(f"There is no file or folder '{name}' ({SOURCES}).")
     try:
@@ -83,7 +85,8 @@ def read_hub(
         missing = f"'{name}' is no file or folder here, and no hub data set of that name could be reached: {error} ({SOURCES})."
         raise FileNotFoundError(missing) from error
     except (ValueError, RuntimeError, DatasetsError) as error:
-        broken = f"The hub data set '{name}', split '{split}', could not be loaded: {error} Download its files and name their folder instead."
+        broken = f"The hub data set '{name}', split '{split}', could not be loaded: {error} "
+        broken += "Download its files and name their folder instead."
         raise ValueError(broken) from error
 
 # %% ../nbs/01c_reading.ipynb #f85a6dd8
@@ -107,6 +110,7 @@ def read_source(
         yield from find_reader(path)(path, path.name, skipped)
     else: yield from read_hub(str(source), split, skipped, streaming)
 
+# %% ../nbs/01c_reading.ipynb #f85a6dd9
 def find_fault(
     id: str, # the document's id
     title: str, # its title
@@ -133,11 +137,12 @@ def stream_documents(
         if fault: skipped.add(fault, id)
         else: yield id, title, text
 
+# %% ../nbs/01c_reading.ipynb #db79244b
 def load_corpus(
     source: str | Path, # "python" (or one half, "python:stdlib", "python:packages"), a file or folder, or a hub data set
     split: str = "train", # which split, for a hub data set only
 ) -> Dataset: # columns `_id`, `title`, `text`, in a fixed order
-    "Documents from any source; what is left out is counted and logged. Raises FileNotFoundError, or ValueError without one usable document."
+    "Documents from any source; what is left out is counted and logged. Raises FileNotFoundError, or ValueError without documents."
     skipped, seen = Skipped(), set()
     columns = {name: [] for name in CORPUS_FEATURES}
     for id, title, text in stream_documents(source, skipped, split):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'UNSEEN', 'CHUNK_FIELDS', 'CHUNK_SCHEMA', 'STATE', 'CHANGED', 'SHARD_TEXT', 'hash_file', 'save_file',
            'save_json', 'save_array', 'intact', 'PrepareOptions', 'check_options', 'clean_text', 'chunk_rows',
-           'save_chunks', 'load_chunks', 'stage_bar', 'source_bytes', 'ChunkShards', 'stream_shards', 'load_columns',
-           'split_rows']
+           'save_chunks', 'load_chunks', 'stage_bar', 'source_bytes', 'ShardSeries', 'ChunkShards', 'stream_shards',
+           'load_columns', 'split_rows']
 
 # %% ../nbs/09d_shards.ipynb #b34b599a
 import hashlib, json, logging, os, platform, re, unicodedata
@@ -187,26 +187,35 @@ def source_bytes(
 # %% ../nbs/09d_shards.ipynb #956da10b
 SHARD_TEXT = 32_000_000 # characters of text in a shard of chunks, about 40,000 chunks of 120 words
 
-class ChunkShards:
-    "Cuts the stream of documents into shards of chunks. A shard is made once: found again it is checked and left alone."
+class ShardSeries:
+    "The shards of one folder, one after the other: where the next one lies, whether it is there, and whose it is."
     def __init__(
         self,
         options: PrepareOptions, # has source, max_words, min_words, near
         folder: Path, # of the work in progress
         share: tuple[int, int] = (0, 1), # (k, n): make every n-th shard only, from the k-th on
     ):
-        self.options, self.folder, self.share, self.digest = options, folder, share, xxh3_64()
-        self.entries, self.rows, self.size = [], [], 0
+        self.options, self.folder, self.share, self.digest, self.entries = options, folder, share, xxh3_64(), []
         self.begin()
 
     def begin(self) -> None:
         "Look for the next shard."
+        self.rows, self.size = [], 0
         self.path = self.folder / f"chunks-{len(self.entries):05}.arrow"
         self.record = self.path.with_suffix(".json")
         found = [json.loads(self.record.read_text(encoding="utf-8"))] if self.record.is_file() else []
         self.found = intact(self.folder, found)
         self.mine = not self.found and len(self.entries) % self.share[1] == self.share[0]
 
+    def save(self, mark: dict) -> dict: # its record
+        "Write the shard's chunks, then its record: `mark`, and what the file holds."
+        entry = save_chunks(self.path, self.rows, self.options.near) | mark
+        save_json(self.record, entry)
+        return entry
+
+# %% ../nbs/09d_shards.ipynb #956da10c
+class ChunkShards(ShardSeries):
+    "Cuts the stream of documents into shards of chunks. A shard is made once: found again it is checked and left alone."
     def add(
         self,
         number: int, # of the document, from 0
@@ -225,13 +234,10 @@ class ChunkShards:
     ) -> None:
         "End the shard, and leave beside it what it holds."
         mark = {"documents": documents, "key": self.digest.hexdigest()}
-        if self.found and any(self.found[0][name] != value for name, value in mark.items()):
+        if any(shard[name] != mark[name] for shard in self.found for name in mark):
             raise ValueError(CHANGED.format(self.options.source))
-        if self.mine:
-            self.found = [save_chunks(self.path, self.rows, self.options.near) | mark]
-            save_json(self.record, self.found[0])
+        if self.mine: self.found = [self.save(mark)]
         self.entries += self.found or [mark | {"chunks": 0}]
-        self.rows, self.size = [], 0
         self.begin()
 
 # %% ../nbs/09d_shards.ipynb #7dc3357e

@@ -93,7 +93,7 @@ def read_groups(
     "Groups from a file, a folder or the hub. Raises FileNotFoundError, or a ValueError that names file and line."
     from datasets import Dataset
     if Path(path).expanduser().is_dir() or str(path) in PUBLISHED_GROUPS:
-        from revela_nb.prepare import read_prepared, read_published
+        from revela_nb.prepared import read_prepared, read_published
         return read_published(str(path)) if str(path) in PUBLISHED_GROUPS else read_prepared(path)
     path, groups, size = check_group_file(path), [], None
     if not path.is_file(): raise FileNotFoundError(f"there is no file '{path}'; groups are a file or a folder that 'revela prepare' made, or {' or '.join(PUBLISHED_GROUPS)}")
