@@ -30,7 +30,8 @@ def model_fingerprint(
 ) -> str: # 16 hex digits
     "A hash of everything that decides a model's embeddings: weights, tokenizer and settings."
     digest = hashlib.sha256(json.dumps({name: getattr(retriever, name) for name in SETTINGS}, sort_keys=True).encode())
-    rules = json.loads(retriever.tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None} # left there by the last call
+    rules = json.loads(retriever.tokenizer.backend_tokenizer.to_str())
+    rules |= {"truncation": None, "padding": None} # left there by the last call
     digest.update(json.dumps(rules, sort_keys=True).encode())
     for name, tensor in sorted(retriever.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -173,6 +174,7 @@ def exact_top(
     heap.finalize()
     return heap.I
 
+# %% ../nbs/11_index.ipynb #1108a002
 def measure_recall(
     index: faiss.Index, # over `embeddings`
     embeddings: np.ndarray, # (n, D)
@@ -194,7 +196,8 @@ def build_index(
     block: int = 50_000, # vectors added together
 ) -> tuple[faiss.Index, float]: # the index, and its recall@10 against exact search
     "An index for dot products. Raises a ValueError for no vectors, vectors that are not finite, or an unknown kind."
-    if embeddings.ndim != 2 or not len(embeddings): raise ValueError(f"a table of vectors is needed, not one of shape {embeddings.shape}")
+    if embeddings.ndim != 2 or not len(embeddings):
+        raise ValueError(f"a table of vectors is needed, not one of shape {embeddings.shape}")
     n, dim = embeddings.shape
     kind = kind or choose_kind(n)
     index = faiss.index_factory(dim, index_recipe(kind, n, dim), faiss.METRIC_INNER_PRODUCT)
@@ -227,6 +230,7 @@ def save_index(
         files = {name: file_hash(partial / name) for name in ("index.faiss", "ids.json")}
         (partial / "manifest.json").write_text(json.dumps({"fingerprint": fingerprint, "sha256": files}), encoding="utf-8")
 
+# %% ../nbs/11_index.ipynb #1108a004
 def load_index(
     folder: str | Path, # that `save_index` wrote
     fingerprint: str, # of the model that shall search
@@ -237,10 +241,13 @@ def load_index(
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         made_by, files = manifest["fingerprint"], {name: manifest["sha256"][name] for name in ("index.faiss", "ids.json")}
-    except (ValueError, KeyError, TypeError) as error: raise ValueError(f"'{folder / 'manifest.json'}' is damaged: delete '{folder}' and index again") from error
-    if made_by != fingerprint: raise ValueError(f"the index in '{folder}' was made by another model ({made_by}, this one is {fingerprint}): index again")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{folder / 'manifest.json'}' is damaged: delete '{folder}' and index again") from error
+    if made_by != fingerprint:
+        raise ValueError(f"the index in '{folder}' was made by another model ({made_by}, this one is {fingerprint}): index again")
     for name, digest in files.items():
-        if not (folder / name).is_file() or file_hash(folder / name) != digest: raise ValueError(f"'{folder / name}' is damaged: delete '{folder}' and index again")
+        if not (folder / name).is_file() or file_hash(folder / name) != digest:
+            raise ValueError(f"'{folder / name}' is damaged: delete '{folder}' and index again")
     return faiss.read_index(str(folder / "index.faiss")), json.loads((folder / "ids.json").read_text(encoding="utf-8"))
 
 # %% ../nbs/11_index.ipynb #6ff4b74d
@@ -292,12 +299,14 @@ def dense_searcher(
         return [(row, score) for row, score in zip(rows[0].tolist(), scores[0].tolist()) if row >= 0]
     return answer
 
+# %% ../nbs/11_index.ipynb #1108a006
 def bm25_searcher(
     chunks: Dataset, # to search in
 ) -> Callable[[str, int], list[tuple[int, float]]]: # query, k -> (row of `chunks`, score), best first
     "A function that answers with the chunks that share words with the query."
     logging.getLogger("bm25s").setLevel(logging.WARNING)
-    index, n, tokens = bm25s.BM25(method="lucene", k1=1.5, b=0.75), len(chunks), tokenize_words(passage_texts({row["_id"]: row for row in chunks}))
+    index, n = bm25s.BM25(method="lucene", k1=1.5, b=0.75), len(chunks)
+    tokens = tokenize_words(passage_texts({row["_id"]: row for row in chunks}))
     if any(tokens.ids): index.index(tokens, show_progress=False)
     def answer(query, k):
         words = tokenize_words([query])
