@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPANNING', 'build_lm', 'RevelaOutput', 'GatherRows', 'SpanningReading', 'spanning_attention', 'pad_to_ranks',
-           'spanning_forward', 'Weighing', 'Revela']
+           'switch_to_spanning', 'spanning_forward', 'WeighingModule', 'Revela']
 
 # %% ../nbs/06_model.ipynb #533934ef
 import math
@@ -33,17 +33,21 @@ def build_lm(
     lora:int|LoraConfig|None=None, # put an adapter on: a rank (alpha = 2 * rank) or a configuration; None: train all weights
     dtype:torch.dtype=torch.float32, # precision of the weights
 )->nn.Module: # a causal LM, PEFT-wrapped if `lora` is given
-    "Load the reading language model. Raises FileNotFoundError for a wrong path, ValueError for a broken model, TypeError for one that cannot be patched."
+    "Load the reading language model. Raises FileNotFoundError, ValueError if it is broken, TypeError if it cannot be patched."
     folder = find_folder(name_or_path)
     try:
         with quiet_transformers():
             lm, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"No causal language model can be loaded from '{name_or_path}' (config.json and safetensors weights are needed): {str(error).splitlines()[0]}") from error
-    if report["missing_keys"]: raise ValueError(f"The weights in '{name_or_path}' lack '{sorted(report['missing_keys'])[0]}'; a language model needs all of them, its head included.")
+        raise ValueError(f"No causal language model can be loaded from '{name_or_path}' (config.json and safetensors weights "
+                         f"are needed): {str(error).splitlines()[0]}") from error
+    if report["missing_keys"]:
+        raise ValueError(f"The weights in '{name_or_path}' lack '{sorted(report['missing_keys'])[0]}'; "
+                         "a language model needs all of them, its head included.")
     base_lm(lm) # can it be patched?
     if lora is None: return lm
-    if not isinstance(lora, LoraConfig): lora = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+    if not isinstance(lora, LoraConfig):
+        lora = LoraConfig(r=lora, lora_alpha=2 * lora, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
     return add_lora(lm, lora, str(name_or_path))
 
 # %% ../nbs/06_model.ipynb #78e1dcc2
@@ -89,6 +93,7 @@ class SpanningReading:
     min_weight: float | None = None # pairs with this weight or less are left out; None: exact to rounding
     layers: int = 0 # counts the attention layers that were reached
 
+# %% ../nbs/06_model.ipynb #60000002
 def spanning_attention(
     module:nn.Module, # the attention layer that calls
     query:Tensor, # (2B, H, L, D) after RoPE; rows 0..B-1 plain stream, B..2B-1 in-batch stream
@@ -105,7 +110,8 @@ def spanning_attention(
     r, B = revela_reading, len(query) // 2
     r.layers += 1
     keys, values = GatherRows.apply(torch.stack([key[:B], value[:B]])).unbind(1)       # (k, B, Hkv, L, D) each
-    norm, scale = ("unit", value_scale(values.flatten(0, 1), r.key_mask.flatten(0, 1), "rescaled")) if r.value_norm == "rescaled" else (r.value_norm, 1.0)
+    norm, scale = r.value_norm, 1.0
+    if norm == "rescaled": norm, scale = "unit", value_scale(values.flatten(0, 1), r.key_mask.flatten(0, 1), norm)
     blocks = zip(keys, values, r.weights, r.key_mask)
     cross = sum(cross_chunk_attention(query[B:], k, v, w, m, scaling, norm, r.min_weight) for k, v, w, m in blocks) * scale
     return torch.cat([out[:B], out[B:] + cross.transpose(1, 2).to(out.dtype)]), None
@@ -121,10 +127,23 @@ def pad_to_ranks(
     shapes = [torch.empty(2, dtype=torch.long, device=input_ids.device) for _ in range(dist.get_world_size())]
     dist.all_gather(shapes, torch.tensor(input_ids.shape, device=input_ids.device))
     rows, longest = torch.stack(shapes).T.tolist()[0], int(torch.stack(shapes)[:, 1].max())
-    if len(set(rows)) > 1: raise ValueError(f"gather_chunks needs as many chunks on every process; they have {rows}. Take groups of one size, and drop the last batch if it is not full (dataloader_drop_last).")
+    if len(set(rows)) > 1:
+        raise ValueError(f"gather_chunks needs as many chunks on every process; they have {rows}. "
+                         "Take groups of one size, and drop the last batch if it is not full (dataloader_drop_last).")
     more = longest - input_ids.shape[1]
     return F.pad(input_ids, (0, more)), F.pad(attention_mask, (0, more)), F.pad(labels, (0, more), value=-100)
 
+# %% ../nbs/06_model.ipynb #60000004
+def switch_to_spanning(
+    model:nn.Module, # a transformers causal LM
+)->None:
+    "Let it read across processes; stays on, since without a `SpanningReading` it is the stock attention."
+    if model.config._attn_implementation == SPANNING: return
+    AttentionInterface.register(SPANNING, spanning_attention)
+    AttentionMaskInterface.register(SPANNING, sdpa_mask)
+    model.set_attn_implementation(SPANNING)
+
+# %% ../nbs/06_model.ipynb #60000006
 def spanning_forward(
     lm:nn.Module, # a causal LM, PEFT-wrapped or not; its attention is left switched to `spanning_attention`
     input_ids:Tensor, # (B, L) my chunks, this and the next two as `pad_to_ranks` gives them
@@ -134,23 +153,22 @@ def spanning_forward(
     value_norm:str="unit", # "unit", "rescaled" or "none"
     min_weight:float|None=None, # leave out pairs with this weight or less; None: exact to rounding
 )->InBatchOutput: # .loss and .plain_loss: means over *my* tokens
-    "`in_batch_forward` for one process's share of a group that spans all of them. Every process must call it. Raises ValueError, TypeError."
+    "`in_batch_forward` for one process's share of a group that spans all. Every process must call it. Raises ValueError, TypeError."
     model, B = base_lm(lm), len(input_ids)
-    if model.config._attn_implementation != SPANNING:
-        AttentionInterface.register(SPANNING, spanning_attention)
-        AttentionMaskInterface.register(SPANNING, sdpa_mask)
-        model.set_attn_implementation(SPANNING)
+    switch_to_spanning(model)
     positions = labelled_positions(labels, attention_mask)
     reading = SpanningReading(weights.view(B, -1, B).transpose(0, 1), GatherRows.apply(attention_mask).bool(), value_norm, min_weight)
-    with head_reads(model, positions.repeat(2, 1)): logits = lm(**double(input_ids, attention_mask), use_cache=False, revela_reading=reading).logits
+    with head_reads(model, positions.repeat(2, 1)):
+        logits = lm(**double(input_ids, attention_mask), use_cache=False, revela_reading=reading).logits
     expected = model.config.get_text_config().num_hidden_layers
-    if reading.layers < expected: raise TypeError(f"{type(model).__name__}: only {reading.layers} of {expected} layers call the attention interface; it cannot be patched")
+    if reading.layers < expected:
+        raise TypeError(f"{type(model).__name__}: only {reading.layers} of {expected} layers call the attention interface")
     targets = labels[:, 1:][positions[:, :-1]]
     plain, in_batch = (F.cross_entropy(x.float(), targets, reduction="sum") / max(len(targets), 1) for x in logits[0].chunk(2))
     return InBatchOutput(in_batch, plain)
 
 # %% ../nbs/06_model.ipynb #6a06c001
-class Weighing(nn.Module):
+class WeighingModule(nn.Module):
     "What turns similarities into weights: a temperature, fixed or learnt, and who belongs to a group."
     def __init__(self,
         temperature:float, # > 0
@@ -180,7 +198,7 @@ class Weighing(nn.Module):
         return in_batch_weights(similarity, temperature, None if self.gather_chunks else group_size)
 
 # %% ../nbs/06_model.ipynb #4c8d147a
-class Revela(Weighing):
+class Revela(WeighingModule):
     "Joint training of a retriever and a language model by in-batch language modelling (Revela sections 3.1 to 3.3)."
     def __init__(self,
         retriever:Retriever, # turns token ids into L2-normalised embeddings

@@ -48,9 +48,11 @@ def in_batch_attention(
 )->tuple[Tensor, None]: # (2B, L, H, D) attention output; no attention weights
     "Stock causal attention for all rows, plus the cross-chunk sum for the in-batch rows (the doubled batch). Raises ValueError."
     for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is not None: raise ValueError(f"{type(module).__name__} uses {name}: the in-batch stream cannot be added to it")
+        if kwargs.get(name) is None: continue
+        raise ValueError(f"{type(module).__name__} uses {name}: the in-batch stream cannot be added to it")
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if revela_reading is None: raise ValueError(f"{type(module).__name__} does not hand keyword arguments on to its attention function")
+    if revela_reading is None:
+        raise ValueError(f"{type(module).__name__} does not hand keyword arguments on to its attention function")
     r, B = revela_reading, len(revela_reading.weights)
     r.layers += 1
     cross = cross_chunk_attention(query[B:], key[:B], value[:B], r.weights, r.key_mask, scaling, r.value_norm, r.min_weight)
@@ -63,9 +65,11 @@ def base_lm(
     "The transformers model inside a PEFT wrapper. Raises TypeError where the architecture cannot be patched."
     model = lm.get_base_model() if hasattr(lm, "get_base_model") else lm
     name = type(model).__name__
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False): raise TypeError(f"{name} is an encoder-decoder: Revela needs a causal language model")
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise TypeError(f"{name} is an encoder-decoder: Revela needs a causal language model")
     if not getattr(model, "_supports_attention_backend", False) or model.get_output_embeddings() is None:
-        raise TypeError(f"{name} cannot be patched: it is not a causal LM that calls transformers' attention interface. Use Llama, SmolLM, Qwen2, Qwen3, Mistral, Gemma3 or another that does")
+        raise TypeError(f"{name} cannot be patched: it is not a causal LM that calls transformers' attention interface. "
+                        "Use Llama, SmolLM, Qwen2, Qwen3, Mistral, Gemma3 or another that does")
     return model
 
 @contextmanager
@@ -85,7 +89,7 @@ def in_batch_mode(
 def checkpoints_in_mode(
     model:nn.Module, # a transformers causal LM, gradient checkpointing on or off
 )->Iterator[None]:
-    "While inside, layers under gradient checkpointing will be recomputed in `in_batch_mode` too. Raises ValueError if checkpointing is reentrant."
+    "While inside, layers under gradient checkpointing will be recomputed in `in_batch_mode`, too. Raises ValueError if reentrant."
     layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and "_gradient_checkpointing_func" in vars(m)]
     before = [layer._gradient_checkpointing_func for layer in layers]
     def wrap(checkpoint:Callable)->Callable:
@@ -121,7 +125,7 @@ def trained_loss(
     weight:Tensor, # (V, D) of the head
     targets:Tensor, # (M,) next tokens
 )->Tensor: # scalar mean cross-entropy in nats; 0 if M is 0
-    "Mean next-token cross-entropy (Revela equation 1); its gradient is computed in the forward pass, chunk by chunk. Backward once only."
+    "Mean next-token cross-entropy (Revela equation 1); its gradient is made in the forward, chunk by chunk. Backward once only."
     if not len(targets): return hidden.sum()
     if not hasattr(F, "linear_cross_entropy"): return reported_loss(hidden, weight, targets)     # torch before 2.13
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=TOKENS, chunking_method=None)
@@ -145,6 +149,7 @@ class InBatchOutput(ModelOutput):
     plain_loss: Tensor | None = None # scalar, plain stream; None if not wanted
     logits: Tensor | None = None # (B, L, V) of the in-batch stream; None unless asked for
 
+# %% ../nbs/05_patching.ipynb #50000002
 @contextmanager
 def head_reads(
     model:nn.Module, # a transformers causal LM
@@ -155,11 +160,13 @@ def head_reads(
     def before(head, args):
         seen["hidden"] = args[0]
         return (args[0][positions][None],)
-    hooks = [head.register_forward_pre_hook(before), head.register_forward_hook(lambda head, args, out: seen.update(logits=out))]
+    def after(head, args, out): seen.update(logits=out)
+    hooks = [head.register_forward_pre_hook(before), head.register_forward_hook(after)]
     try: yield seen
     finally:
         for hook in hooks: hook.remove()
 
+# %% ../nbs/05_patching.ipynb #50000005
 def bare_weight(
     head:nn.Module, # the LM head
     hidden:Tensor, # (2B, L, D) what it would read
@@ -179,7 +186,8 @@ def check_batch(
     "Raises ValueError where the shapes do not fit together."
     B = len(input_ids)
     for name, x in (("attention_mask", attention_mask), ("labels", labels)):
-        if x is not None and x.shape != input_ids.shape: raise ValueError(f"{name} has shape {tuple(x.shape)}, input_ids {tuple(input_ids.shape)}")
+        if x is not None and x.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, input_ids {tuple(input_ids.shape)}")
     if weights.shape != (B, B): raise ValueError(f"weights must be ({B}, {B}) for {B} chunks, got {tuple(weights.shape)}")
 
 def double(
@@ -202,10 +210,12 @@ def run_streams(
     with in_batch_mode(model), checkpoints_in_mode(model), head_reads(model, positions) as seen:
         logits = lm(**inputs, use_cache=False, revela_reading=reading).logits
     reached, expected = reading.layers - before, model.config.get_text_config().num_hidden_layers
-    if reached < expected: raise TypeError(f"{type(model).__name__}: only {reached} of {expected} layers call the attention interface; it cannot be patched")
+    if reached < expected:
+        raise TypeError(f"{type(model).__name__} cannot be patched: only {reached} of {expected} layers call the attention interface")
     seen["bare"] = torch.equal(logits, seen["logits"])
     return logits[0], seen
 
+# %% ../nbs/05_patching.ipynb #50000007
 def stream_losses(
     lm:nn.Module, # causal LM, PEFT-wrapped or not
     inputs:dict[str, Tensor], # of `double`
@@ -242,7 +252,8 @@ def in_batch_forward(
     check_batch(input_ids, attention_mask, weights, labels)
     labels = input_ids.masked_fill(attention_mask == 0, -100) if labels is None else labels
     positions, inputs = labelled_positions(labels, attention_mask), double(input_ids, attention_mask)
-    reading, both, targets = Reading(weights, attention_mask.bool(), value_norm, min_weight), positions.repeat(2, 1), labels[:, 1:][positions[:, :-1]]
+    reading = Reading(weights, attention_mask.bool(), value_norm, min_weight)
+    both, targets = positions.repeat(2, 1), labels[:, 1:][positions[:, :-1]]
     if not return_logits: return InBatchOutput(*stream_losses(lm, inputs, reading, both, targets, plain))
     logits = run_streams(lm, inputs, reading, torch.ones_like(both))[0].unflatten(0, both.shape)
     plain_loss, loss = (F.cross_entropy(x.float(), targets, reduction="sum") / max(len(targets), 1) for x in logits[both].chunk(2))
