@@ -107,7 +107,7 @@ def training_step(
     device = next(lm.parameters()).device
     ids = torch.randint(0, lm.config.vocab_size, (case.chunks, case.length), generator=torch.Generator().manual_seed(1)).to(device)
     mask = torch.ones_like(ids)
-    if case.checkpointing: lm.gradient_checkpointing_enable({"use_reentrant": False})
+    if case.checkpointing: lm.activation_checkpointing_enable({"use_reentrant": False})
     if case.method == "plain":
         rows = double(ids, mask)
         return lambda: lm(**rows, labels=rows["input_ids"], use_cache=False).loss.backward()

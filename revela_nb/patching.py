@@ -94,7 +94,7 @@ def checkpoints_in_mode(
     before = [layer._gradient_checkpointing_func for layer in layers]
     def wrap(checkpoint:Callable)->Callable:
         if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
-            raise ValueError('gradient checkpointing must be non-reentrant: gradient_checkpointing_enable({"use_reentrant": False})')
+            raise ValueError('gradient checkpointing must be non-reentrant: activation_checkpointing_enable({"use_reentrant": False})')
         def run(function:Callable, *args):
             def again(*args):
                 with in_batch_mode(model): return function(*args)
