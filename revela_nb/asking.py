@@ -100,7 +100,9 @@ def serve_corpus(
     check_host(args.host)
     folder = cache_folder(args)
     chunks = cached_chunks(args.corpus, args.max_words, folder)
-    def shown(searcher): return lambda query, k: [(find_place(chunks[row], args), chunks[row]["text"], score) for row, score in searcher(query, k)]
+    def shown(searcher):
+        def show(query, k): return [(find_place(chunks[row], args), chunks[row]["text"], score) for row, score in searcher(query, k)]
+        return show
     searchers = {model: shown(make_searcher(model, chunks, folder)) for model in dict.fromkeys((args.model, args.other))}
     log.info("http://%s:%d/ (Ctrl-C stops)", args.host, args.port)
     serve_page(searchers, args.host, args.port, args.k)

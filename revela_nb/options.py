@@ -26,10 +26,12 @@ def read_config(
 )->dict: # value by option name
     "Options from a file. Raises FileNotFoundError, or a ValueError naming the file for what is no mapping."
     path = Path(path).expanduser()
-    if path.suffix not in (".yaml", ".yml", ".json"): raise ValueError(f"'{path}' must end in .yaml, .yml or .json to be a file of options")
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError(f"'{path}' must end in .yaml, .yml or .json to be a file of options")
     if not path.is_file(): raise FileNotFoundError(f"there is no file '{path}'")
     try: values = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error: raise ValueError(f"'{path}' is not {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"'{path}' is not {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from error
     if not isinstance(values, dict): raise ValueError(f"'{path}' holds no 'name: value' pairs")
     return values
 
@@ -76,14 +78,15 @@ def add_command(
     **options, # further options of the parser
 )->CommandParser: # to add arguments to
     "A sub-command with -v and examples."
-    parser = commands.add_parser(name, help=summary, description=summary, epilog="examples:\n" + examples, formatter_class=HelpFormatter, **options)
+    parser = commands.add_parser(name, help=summary, description=summary, epilog="examples:\n" + examples,
+                                 formatter_class=HelpFormatter, **options)
     parser.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="debugging messages and tracebacks")
     parser.set_defaults(run=run, parser=parser)
     return parser
 
 # %% ../nbs/18d_options.ipynb #9cb142f1
 class AskQuestions(argparse.Action):
-    "`--interactive`: sets True, and the question may be left out. (An optional positional after options is one that argparse cannot see.)"
+    "`--interactive`: sets True, and the question may be left out. (argparse cannot see an optional positional after options.)"
     def __call__(self, parser, namespace, values, option_string=None):
         setattr(namespace, self.dest, True)
         next(action for action in parser._actions if action.dest == "query").required = False

@@ -21,15 +21,19 @@ def check_host(
     return host
 
 # %% ../nbs/15_serve.ipynb #b9ab1d51
-STYLE = ("body{font:16px/1.4 sans-serif;max-width:72em;margin:2em auto;padding:0 1em}form{display:flex;gap:.5em}input{flex:1;font:inherit;padding:.4em}"
-         ".columns{display:flex;gap:2em;flex-wrap:wrap}section{flex:1;min-width:min(20em,100%)}b,pre{overflow-wrap:anywhere}li{margin:.8em 0}pre{white-space:pre-wrap;margin:.2em 0;font-size:85%}small{color:#555}")
+STYLE = ("body{font:16px/1.4 sans-serif;max-width:72em;margin:2em auto;padding:0 1em}"
+         "form{display:flex;gap:.5em}input{flex:1;font:inherit;padding:.4em}"
+         ".columns{display:flex;gap:2em;flex-wrap:wrap}section{flex:1;min-width:min(20em,100%)}"
+         "b,pre{overflow-wrap:anywhere}li{margin:.8em 0}"
+         "pre{white-space:pre-wrap;margin:.2em 0;font-size:85%}small{color:#555}")
 
 def show_hits(
     name: str, # of the retriever
     hits: list[tuple[str, str, float]], # place, text, score; best first
 ) -> str: # HTML
     "One retriever's answers as a column."
-    items = "".join(f"<li><b>{html.escape(place)}</b> <small>{score:.3f}</small><pre>{html.escape(text)}</pre></li>" for place, text, score in hits)
+    items = "".join(f"<li><b>{html.escape(place)}</b> <small>{score:.3f}</small><pre>{html.escape(text)}</pre></li>"
+                    for place, text, score in hits)
     return f"<section><h2>{html.escape(name)}</h2>{f'<ol>{items}</ol>' if hits else '<p>nothing found</p>'}</section>"
 
 def show_page(
@@ -37,8 +41,11 @@ def show_page(
     columns: str, # HTML
 ) -> str: # HTML
     "The whole page: box and columns."
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>revela</title><style>{STYLE}</style></head><body><h1>revela</h1>'
-            f'<form><input name="q" aria-label="question" value="{html.escape(query)}" maxlength="2000" autofocus><button>search</button></form><div class="columns">{columns}</div></body></html>')
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1"><title>revela</title>'
+            f'<style>{STYLE}</style></head><body><h1>revela</h1>'
+            f'<form><input name="q" aria-label="question" value="{html.escape(query)}" maxlength="2000" autofocus>'
+            f'<button>search</button></form><div class="columns">{columns}</div></body></html>')
 
 # %% ../nbs/15_serve.ipynb #d1381953
 MISSING = "the page needs starlette and uvicorn: pip install 'revela_nb[serve]'"
@@ -53,7 +60,8 @@ def make_app(
         from starlette.responses import HTMLResponse, Response
         from starlette.routing import Route
     except ImportError as error: raise ImportError(MISSING) from error
-    safe = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'", "X-Content-Type-Options": "nosniff"}
+    policy = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'"
+    safe = {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff"}
     def answer(request):
         name = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
         try: check_host(name)
@@ -71,7 +79,7 @@ def serve_page(
     port: int = 8000, # to listen on
     k: int = 10, # answers a column
 ) -> None:
-    "Serve until interrupted. Raises an ImportError for missing libraries, a ValueError for a host that is not this machine, or for a port that is none."
+    "Serve until interrupted. Raises ImportError without its libraries, ValueError for another host than this machine or a wrong port."
     if not 1 <= port <= 65535: raise ValueError(f"--port must be 1 to 65535, not {port}")
     app = make_app(searchers, k)
     try: import uvicorn
