@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'METRICS', 'load_model', 'make_run', 'read_known_run', 'tune_weight', 'make_runs', 'evaluate_task',
            'shorten_text', 'show_comparison', 'file_marks', 'task_key', 'finished_record', 'is_first_process',
-           'evaluate_tasks', 'show_tasks', 'read_weight', 'check_evaluation', 'evaluate_model']
+           'leave_processes', 'evaluate_tasks', 'show_tasks', 'read_weight', 'check_evaluation', 'show_records',
+           'evaluate_model']
 
 # %% ../nbs/18b_measuring.ipynb #ec7a508b
 import argparse, hashlib, json, logging, math, sys
@@ -182,6 +183,13 @@ def is_first_process()->bool: # True where there is only one
     from accelerate import PartialState
     return PartialState(cpu=not torch.cuda.is_available()).is_main_process
 
+def leave_processes()->None:
+    "Wait for the other processes and close their group: one that exits while others still talk to it can be aborted."
+    import torch.distributed as dist
+    if not dist.is_initialized(): return
+    dist.barrier()
+    dist.destroy_process_group()
+
 # %% ../nbs/18b_measuring.ipynb #e5a10008
 def evaluate_tasks(
     args:argparse.Namespace, # of `revela evaluate`
@@ -243,6 +251,20 @@ def check_evaluation(
     if len(names) > 1 and args.compare and Path(args.compare).is_file(): raise ValueError("--compare RUN_FILE goes with one data set")
     return names
 
+# %% ../nbs/18b_measuring.ipynb #a1e50005
+def show_records(
+    records:dict[str, dict], # record by task
+    model:str, # the model's name
+    as_table:bool, # also for one task
+)->None:
+    "Print figures and comparisons."
+    if as_table: show_tasks(records, model)
+    else:
+        record, = records.values()
+        for metric, label in METRICS.items(): print(f"{label:12s}{record['rows']['model'][metric]:.4f}")
+    for name, record in records.items():
+        if record["comparison"]: show_comparison(record["comparison"], name)
+
 # %% ../nbs/18b_measuring.ipynb #758b4947
 def evaluate_model(
     args:argparse.Namespace, # of `revela evaluate`
@@ -259,9 +281,5 @@ def evaluate_model(
         if args.run_file and is_first_process(): write_run(run, args.run_file)
         if args.json and is_first_process(): write_json(record["rows"]["model"] | {"model": args.model, "data": args.data, "split": args.split, "k": args.k} | record, args.json)
         records = {Path(args.data).name or args.data: record}
-    if not is_first_process(): return
-    if names or args.hybrid: show_tasks(records, args.model)
-    else:
-        for metric, label in METRICS.items(): print(f"{label:12s}{record['rows']['model'][metric]:.4f}")
-    for name, record in records.items():
-        if record["comparison"]: show_comparison(record["comparison"], name)
+    if is_first_process(): show_records(records, args.model, as_table=bool(names or args.hybrid))
+    leave_processes()

@@ -259,6 +259,8 @@ def share_of_two(rank, world, port, out):
     def encode(texts): seen.extend(texts); return torch.tensor([[float(len(t)), float(ord(t[0]))] for t in texts])
     found = [encode_across_processes(encode, ["a" * i + "b" for i in range(n)]).tolist() for n in (1, 2, 7)]
     (Path(out) / f"{rank}.json").write_text(json.dumps([found, len(seen)]))
+    torch.distributed.barrier() # who exits while the other still talks can be aborted
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
