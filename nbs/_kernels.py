@@ -21,8 +21,7 @@ H, HKV, D = 9, 3, 64
 
 
 class Sdpa:
-    @staticmethod
-    def apply(query, key, value, weights, keep): return attention.read_by_sdpa(query, key.transpose(0, 1), value.transpose(0, 1), weights, keep)
+    apply = staticmethod(attention.read_by_sdpa)
 
 
 def by_sdpa(*args):
@@ -47,22 +46,24 @@ class Products(torch.autograd.Function):
         n = len(query)
         q, k, v = query.reshape(n, HKV, -1, D), *(x.transpose(0, 1).contiguous().flatten(1, 2) for x in (key, value))
         ctx.save_for_backward(q, k, v)
-        for i, block in Products.blocks(q, k): torch.bmm(torch.bmm(q[i], k[:, block].mT), v[:, block])
+        for h in range(HKV):
+            for i, block in Products.blocks(q, k): torch.mm(torch.mm(q[i, h], k[h, block].T), v[h, block])
         return query.clone()
 
     @staticmethod
     def blocks(q, k):
         n, others = len(q), k.shape[1] // len(q) * (len(q) - 1)
-        size = 4 * k.shape[1] // n                                                             # four chunks a block, as BLOCK gives for this shape
+        size = max(1, attention.BLOCK // (q.shape[2] * k.shape[1] // n)) * k.shape[1] // n     # as many chunks a block as ours
         return [(i, slice(at, min(at + size, others))) for i in range(n) for at in range(0, others, size)]
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v = ctx.saved_tensors
         g = grad.reshape(q.shape)
-        for i, block in Products.blocks(q, k):
-            p = torch.bmm(q[i], k[:, block].mT)
-            torch.bmm(p.mT, g[i]); torch.bmm(g[i], v[:, block].mT); torch.bmm(p, k[:, block]); torch.bmm(p.mT, q[i])
+        for h in range(HKV):
+            for i, block in Products.blocks(q, k):
+                p = torch.mm(q[i, h], k[h, block].T)
+                torch.mm(p.T, g[i, h]); torch.mm(g[i, h], v[h, block].T); torch.mm(p, k[h, block]); torch.mm(p.T, q[i, h])
         return (None,) * 3
 
 

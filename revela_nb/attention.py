@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EPS', 'VALUE_NORMS', 'PADDING_SCORE', 'PAIRS', 'BLOCK', 'in_batch_weights', 'value_scale', 'cross_chunk_einsum',
-           'add_key_bias', 'fold_queries', 'select_pairs', 'read_by_sdpa', 'list_blocks', 'attend_block',
-           'matmul_gradients', 'ReadByMatmul', 'cross_chunk_attention']
+           'add_key_bias', 'fold_queries', 'select_pairs', 'read_by_sdpa', 'list_blocks', 'attend_block', 'read_head',
+           'head_gradients', 'ReadByMatmul', 'cross_chunk_attention']
 
 # %% ../nbs/04_attention.ipynb #7b886b77
 import math
@@ -141,34 +141,48 @@ def list_blocks(
         for j in row.nonzero()[:, 0].split(max(1, BLOCK // scores)): yield i, j
 
 def attend_block(
-    query:Tensor, # (Hkv, Q, E) folded queries of one reader
-    key:Tensor, # (Hkv, n, L, E) keys with bias of the n chunks that it reads
-)->Tensor: # (Hkv, Q, n, L) attention; sums to 1 over each chunk
+    query:Tensor, # (Q, E) folded queries of one reader
+    key:Tensor, # (n, L, E) keys with bias of the n chunks that it reads
+)->Tensor: # (Q, n, L) attention; sums to 1 over each chunk
     "Scores by one matrix product, then a softmax for each chunk, in place."
-    scores = torch.bmm(query, key.flatten(1, 2).mT).unflatten(2, key.shape[1:3])
+    scores = torch.mm(query, key.flatten(0, 1).T).unflatten(1, key.shape[:2])
     return torch.softmax(scores, -1, out=scores)
 
-# %% ../nbs/04_attention.ipynb #f6774c90
-def matmul_gradients(
-    query:Tensor, # (N, Hkv, Q, D+1) folded queries
-    key:Tensor, # (Hkv, N, L, D+1) keys with bias
-    value:Tensor, # (Hkv, N, L, D) directions
+def read_head(
+    query:Tensor, # (N, Q, D+1) folded queries of one key head
+    key:Tensor, # (N, L, D+1) keys with bias
+    value:Tensor, # (N, L, D) directions
     weights:Tensor, # (N, N) in-batch weights
     keep:Tensor, # (N, N) bool, pairs to read
-    grad:Tensor, # (N, Hkv, Q, D) gradient of the output
+)->Tensor: # (N, Q, D)
+    "Sum over j of w_ij P_ij U_j, one matrix product a block."
+    out = query.new_zeros(*query.shape[:2], value.shape[-1])
+    for i, j in list_blocks(keep, query.shape[1] * key.shape[1]):
+        p, wu = attend_block(query[i], key[j]), value[j] * weights[i, j, None, None]
+        out[i].addmm_(p.flatten(1), wu.flatten(0, 1))
+    return out
+
+# %% ../nbs/04_attention.ipynb #f6774c90
+def head_gradients(
+    query:Tensor, # (N, Q, D+1) folded queries of one key head
+    key:Tensor, # (N, L, D+1) keys with bias
+    value:Tensor, # (N, L, D) directions
+    weights:Tensor, # (N, N) in-batch weights
+    keep:Tensor, # (N, N) bool, pairs to read
+    grad:Tensor, # (N, Q, D) gradient of the output
 )->tuple: # gradients of query, key, value, weights
     "Attention again, then one matrix product for each gradient."
-    dq, dk, dv, dw = (torch.zeros_like(x) for x in (query, key, value, weights))
-    for i, j in list_blocks(keep, query[0, ..., 0].numel() * key.shape[2]):
-        k, u, w, g = key[:, j], value[:, j], weights[i, j, None, None], grad[i].contiguous()
-        p = attend_block(query[i], k)                                                 # (Hkv, Q, n, L)
-        du = torch.bmm(p.flatten(2).mT, g).view_as(u)                                 # before weighting
-        dw[i, j] = (du * u).sum((0, 2, 3))
-        dv.index_add_(1, j, du * w)
-        dp = torch.bmm(g, u.flatten(1, 2).mT).view_as(p)
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).flatten(2)     # softmax's own backward
-        dq[i].baddbmm_(ds, (k * w).flatten(1, 2))
-        dk.index_add_(1, j, torch.bmm(ds.mT, query[i]).view_as(k) * w)
+    dq, dk, dv, dw = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value, weights))
+    for i, j in list_blocks(keep, query.shape[1] * key.shape[1]):
+        k, u, w, g = key[j], value[j], weights[i, j, None, None], grad[i]
+        p = attend_block(query[i], k)                                                 # (Q, n, L)
+        du = torch.mm(p.flatten(1).T, g).view_as(u)                                   # before weighting
+        dw[i, j] = (du * u).sum((1, 2))
+        dv.index_add_(0, j, du * w)
+        dp = torch.mm(g, u.flatten(0, 1).T).view_as(p)
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).flatten(1)     # softmax's own backward
+        dq[i].addmm_(ds, (k * w).flatten(0, 1))
+        dk.index_add_(0, j, torch.mm(ds.T, query[i]).view_as(k) * w)
     return dq, dk, dv, dw
 
 # %% ../nbs/04_attention.ipynb #f6774c91
@@ -178,25 +192,25 @@ class ReadByMatmul(torch.autograd.Function):
     @torch.autocast("cpu", enabled=False)
     def forward(ctx,
         query:Tensor, # (N, Hkv, Q, D+1) folded queries
-        key:Tensor, # (Hkv, N, L, D+1) keys with bias
-        value:Tensor, # (Hkv, N, L, D) directions
+        key:Tensor, # (N, Hkv, L, D+1) keys with bias
+        value:Tensor, # (N, Hkv, L, D) directions
         weights:Tensor, # (N, N) in-batch weights
         keep:Tensor, # (N, N) bool, pairs to read
     )->Tensor: # (N, Hkv, Q, D)
-        "Sum over j of w_ij P_ij U_j."
+        "Head by head."
         ctx.save_for_backward(query, key, value, weights, keep)
-        out = query.new_zeros(*query.shape[:-1], value.shape[-1])
-        for i, j in list_blocks(keep, query[0, ..., 0].numel() * key.shape[2]):
-            p, wu = attend_block(query[i], key[:, j]), value[:, j] * weights[i, j, None, None]
-            out[i].baddbmm_(p.flatten(2), wu.flatten(1, 2))
-        return out
+        heads = zip(*(x.unbind(1) for x in (query, key, value)))
+        return torch.stack([read_head(*head, weights, keep) for head in heads], 1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad:Tensor)->tuple:
         "Gradients of query, key, value, weights; None for keep."
-        return *matmul_gradients(*ctx.saved_tensors, grad), None
+        *inputs, weights, keep = ctx.saved_tensors
+        heads = zip(*(x.unbind(1) for x in (*inputs, grad.contiguous())))
+        dq, dk, dv, dw = zip(*(head_gradients(*head, weights, keep, g) for *head, g in heads))
+        return *(torch.stack(x, 1) for x in (dq, dk, dv)), sum(dw), None
 
 # %% ../nbs/04_attention.ipynb #3f412903
 def cross_chunk_attention(
@@ -216,8 +230,6 @@ def cross_chunk_attention(
     keep, weights = select_pairs(weights, min_weight), weights.to(query.dtype)
     folded = fold_queries(query, key.shape[1], query.shape[-1] ** -0.5 if scaling is None else scaling)
     key, value = add_key_bias(key, value, key_mask, value_norm)
-    if query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64):
-        heads_first = (x.transpose(0, 1).contiguous() for x in (key, value))
-        out = ReadByMatmul.apply(folded, *heads_first, weights, keep)
-    else: out = read_by_sdpa(folded, key, value, weights, keep)
+    full = query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
+    out = (ReadByMatmul.apply if full else read_by_sdpa)(folded, key, value, weights, keep)
     return out.reshape(query.shape) * scale
