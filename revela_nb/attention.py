@@ -148,6 +148,7 @@ def attend_block(
     scores = torch.mm(query, key.flatten(0, 1).T).unflatten(1, key.shape[:2])
     return torch.softmax(scores, -1, out=scores)
 
+# %% ../nbs/04_attention.ipynb #670fbe76
 def read_head(
     query:Tensor, # (N, Q, D+1) folded queries of one key head
     key:Tensor, # (N, L, D+1) keys with bias

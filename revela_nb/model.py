@@ -22,7 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import ModelOutput
 
-from .attention import VALUE_NORMS, cross_chunk_attention, in_batch_weights, value_scale
+from .attention import VALUE_NORMS, in_batch_weights, value_scale
+from .kernel import read_chunks
 from .loading import LORA_TARGETS, add_lora, find_folder, quiet_transformers
 from .patching import InBatchOutput, base_lm, double, head_reads, in_batch_forward, labelled_positions
 from .retriever import Retriever
@@ -113,7 +114,7 @@ def spanning_attention(
     norm, scale = r.value_norm, 1.0
     if norm == "rescaled": norm, scale = "unit", value_scale(values.flatten(0, 1), r.key_mask.flatten(0, 1), norm)
     blocks = zip(keys, values, r.weights, r.key_mask)
-    cross = sum(cross_chunk_attention(query[B:], k, v, w, m, scaling, norm, r.min_weight) for k, v, w, m in blocks) * scale
+    cross = sum(read_chunks(query[B:], k, v, w, m, scaling, norm, r.min_weight) for k, v, w, m in blocks) * scale
     return torch.cat([out[:B], out[B:] + cross.transpose(1, 2).to(out.dtype)]), None
 
 # %% ../nbs/06_model.ipynb #34443be8

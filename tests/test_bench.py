@@ -9,6 +9,7 @@ from revela_nb.attention import cross_chunk_attention, select_pairs
 from revela_nb.bench import (METHODS, BenchCase, attention_by, authors_attention, bench_weights, einsum_bytes, loop_attention, measure_case,
                              random_lm, run_bench, run_case, step_flops)
 from revela_nb.cli import main
+from revela_nb.kernel import read_chunks
 from revela_nb.patching import in_batch_forward
 
 TINY = dict(layers=1, chunks=4, length=12, repeats=1, group_size=4)
@@ -31,9 +32,9 @@ def test_einsum_takes_the_shipped_functions_place_and_leaves_it():
     calls = []
     with attention_by(lambda *a: calls.append(1) or authors_attention(*a)): einsum = in_batch_forward(lm, ids, mask, w).loss
     torch.testing.assert_close(shipped, einsum)
-    assert calls and patching.cross_chunk_attention is cross_chunk_attention
+    assert calls and patching.read_chunks is read_chunks
     with pytest.raises(RuntimeError), attention_by(authors_attention): raise RuntimeError
-    assert patching.cross_chunk_attention is cross_chunk_attention
+    assert patching.read_chunks is read_chunks
 
 
 def test_weights_have_as_many_pairs_as_asked_for():

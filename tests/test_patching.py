@@ -189,8 +189,8 @@ def test_min_weight_reaches_every_layer(monkeypatch):
     toy = make_model()
     model = Revela(toy.retriever, toy.lm, temperature=1.0, min_weight=0.3)
     seen = []
-    read = patching.cross_chunk_attention
-    monkeypatch.setattr(patching, "cross_chunk_attention", lambda *a: seen.append(a[7]) or read(*a))
+    read = patching.read_chunks
+    monkeypatch.setattr(patching, "read_chunks", lambda *a: seen.append(a[7]) or read(*a))
     ids, mask = pad(rows([6, 3, 5, 4]), 6)
     batch = {f"{role}{name}": x for role in ("query_", "passage_", "") for name, x in (("input_ids", ids % len(VOCAB)), ("attention_mask", mask))}
     model(**batch).loss.backward()

@@ -18,7 +18,6 @@ LATER = "not shortened yet (issue 6)"
 OVER = {
     "08_evaluation": ({"cells": 75, "code lines": 419, "words": 2162, "long exported cells": 3, "lines over 135": 22}, LATER),
     "13_export": ({"long exported cells": 1, "lines over 135": 12}, LATER),
-    "14_bench": ({"long exported cells": 4, "lines over 135": 21}, LATER),
     "16_baselines": ({"long exported cells": 2, "lines over 135": 28}, LATER),
     "17_launch": ({"long exported cells": 1, "lines over 135": 15}, LATER),
     "18_training": ({"long exported cells": 1, "lines over 135": 29}, LATER),
@@ -40,7 +39,6 @@ SHORT = {
     "09d_shards": ONE_IDEA,
     "10b_prepared": ONE_IDEA,
     "13_export": ONE_IDEA,
-    "14_bench": ONE_IDEA,
     "15_serve": ONE_IDEA,
     "17_launch": ONE_IDEA,
     "18c_asking": ONE_IDEA,
