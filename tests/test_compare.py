@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 
 import revela_nb.compare as compare
 from revela_nb.compare import choose_weight, compare_runs, fuse_ranks, fuse_scores, known_items, load_task, remove_excluded
-from revela_nb.evaluation import bm25_run, load_beir, score_queries, score_run
+from revela_nb.bm25 import bm25_run
+from revela_nb.evaluation import load_beir, score_queries, score_run
 
 QRELS = {f"q{i}": {"r": 1} for i in range(12)}
 
