@@ -16,7 +16,6 @@ LINES = {"module": 60, "other": 25}             # of one exported cell: an nn.Mo
 # Chapters over a limit: what they may have at most, and why. Shorten a chapter, and its line here has to go or to shrink: the tests say so.
 LATER = "not shortened yet (issue 6)"
 OVER = {
-    "13_export": ({"long exported cells": 1, "lines over 135": 12}, LATER),
     "14_bench": ({"long exported cells": 4, "lines over 135": 21}, LATER),
     "16_baselines": ({"long exported cells": 2, "lines over 135": 28}, LATER),
     "17_launch": ({"long exported cells": 1, "lines over 135": 15}, LATER),
