@@ -160,6 +160,20 @@ def test_a_task_by_the_path_of_a_zip_or_a_folder(tmp_path):
     assert load_task(str(folder)) == load_task(str(packed)) == load_task("arguana", tmp_path / "zips") == (*load_beir(folder), {"q": {"q"}})
 
 
+@pytest.mark.parametrize("name, excluded", [("arguana", True), ("arguana.v2", True), ("ArguAna.2024-01.v2", True), ("Quora.test", True), ("my.arguana", False), ("arguana2", False)])
+def test_a_dot_in_a_path_hides_no_name(tmp_path, name, excluded):
+    folder = tmp_path / name
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text('{"_id": "q", "text": "mine"}\n{"_id": "d", "text": "answer"}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "mine"}\n')
+    (folder / "qrels" / "test.tsv").write_text("q\td\t1\n")
+    expected = (*load_beir(folder), {"q": {"q"}} if excluded else {})
+    (tmp_path / "zips.d").mkdir()
+    packed = zip_of(folder, tmp_path / "zips.d" / f"{name}.zip")
+    assert load_task(str(folder)) == load_task(f"{folder}/") == load_task(name, tmp_path) == expected
+    assert load_task(str(packed)) == load_task(name, tmp_path / "zips.d") == expected
+
+
 def test_the_weight_is_chosen_on_the_questions_given():
     good, bad = {"q": {"a": 2., "b": 1.}}, {"q": {"b": 2., "c": 1.}}
     assert choose_weight(good, bad, {"q": {"a": 1}}) == .6 and choose_weight(bad, good, {"q": {"a": 1}}) == .4
