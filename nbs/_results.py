@@ -22,7 +22,8 @@ from revela_nb.compare import fuse_ranks
 from revela_nb.corpus import chunk_corpus
 from revela_nb.reading import load_corpus
 from revela_nb.demo import CHUNK_WORDS, MAX_LENGTH, TRAIN_LENGTH, backbone_folder, demo_model, docstring_task, function_documents, sample_documents, train_demo, versions
-from revela_nb.evaluation import bm25_run, dense_run, load_beir, score_queries
+from revela_nb.bm25 import bm25_run
+from revela_nb.evaluation import dense_run, load_beir, score_queries
 from revela_nb.model import Revela
 from revela_nb.retriever import Retriever
 

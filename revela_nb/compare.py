@@ -224,11 +224,11 @@ COIR = {name.lower(): name for name in [
 SELF_CONTAINING = ("arguana", "quora") # BEIR's data sets in which a query is a document of the corpus
 
 def exclude_itself(
-    task: str, # a data set's name
+    task: str, # a data set's name; what follows a dot does not count: arguana.v2, arguana.zip
     queries: dict[str, str], # text by query id
 ) -> dict[str, set[str]]: # excluded document ids by query id
     "Each query's own id, where queries are documents of the corpus; nothing elsewhere."
-    return {q: {q} for q in queries} if task.lower() in SELF_CONTAINING else {}
+    return {q: {q} for q in queries} if task.split(".")[0].lower() in SELF_CONTAINING else {}
 
 def find_local(
     name: str, # a BEIR folder's or .zip file's path, or a name in `folder`
@@ -267,7 +267,7 @@ def load_task(
     suite, _, task = name.rpartition("/")
     if local := find_local(name, folder):
         corpus, queries, qrels = load_beir(local, split)
-        return corpus, queries, qrels, exclude_itself(local.name.removesuffix(".zip"), queries)
+        return corpus, queries, qrels, exclude_itself(local.name, queries)
     if suite.lower() not in ("", "beir", "coir", "bright"):
         place = f"; and there is no folder {str(Path(folder).expanduser() / name)!r}" if folder else ""
         raise ValueError(f"'{name}': the suites are beir, coir and bright{place}.")

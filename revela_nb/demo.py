@@ -24,7 +24,8 @@ from transformers import set_seed
 from .batching import GroupCollator, make_groups
 from .corpus import chunk_corpus
 from .reading import load_corpus
-from .evaluation import bm25_run, dense_run, score_run
+from .bm25 import bm25_run
+from .evaluation import dense_run, score_run
 from .model import Revela
 from .retriever import Retriever
 from .trainer import RevelaArguments, RevelaTrainer, build_lm

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'score_queries', 'score_run', 'read_lines', 'read_records', 'read_qrels', 'find_file', 'unpack_beir',
-           'load_beir', 'passage_texts', 'split_words', 'tokenize_words', 'bm25_run', 'search',
-           'encode_across_processes', 'dense_run', 'evaluate', 'write_run', 'read_run']
+           'load_beir', 'passage_texts', 'search', 'encode_across_processes', 'dense_run', 'evaluate', 'write_run',
+           'read_run']
 
 # %% ../nbs/08_evaluation.ipynb #26255921
 import csv, gzip, json, logging, math, os, re, tempfile, zipfile, zlib
@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import bm25s, faiss, pytrec_eval
+import faiss, pytrec_eval
 import numpy as np
-import Stemmer
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
@@ -29,9 +28,10 @@ def score_queries(
     qrels: dict[str, dict[str, int]], # judgement by query id and document id
     ignore_identical_ids: bool = False, # leave out a document that has the query's own id, as BEIR does for ArguAna and Quora
 ) -> dict[str, dict[str, float]]: # for every judged query: ndcg@10, recall@100, mrr@10
-    "pytrec_eval's figures for every judged query, zeros for one without results. Raises a ValueError for scores that are no numbers, or a foreign run."
+    "pytrec_eval's figures, zeros for a query without results. Raises a ValueError for scores that are no numbers, or a foreign run."
     if run and not run.keys() & qrels.keys():
-        raise ValueError(f"The run and the judgements have no query in common (run: {next(iter(run))!r}, judgements: {next(iter(qrels))!r}). Another split?")
+        raise ValueError(f"The run and the judgements have no query in common (run: {next(iter(run))!r}, "
+                         f"judgements: {next(iter(qrels))!r}). Another split?")
     judged = {}
     for query in qrels: # pytrec_eval drops queries that are missing from the run: give it an empty result
         judged[query] = {d: float(s) for d, s in run.get(query, {}).items() if not (ignore_identical_ids and d == query)}
@@ -42,6 +42,7 @@ def score_queries(
                     "mrr@10": s["recip_rank"] if s["recip_rank"] >= 1 / 10 else 0.0} # the first hit is among ten, or does not count
             for query, s in scores.items()}
 
+# %% ../nbs/08_evaluation.ipynb #08c1a004
 def score_run(
     run: dict[str, dict[str, float]], # score by query id and document id
     qrels: dict[str, dict[str, int]], # judgement by query id and document id
@@ -55,7 +56,7 @@ def score_run(
 def read_lines(
     path: Path, # a text file, or one compressed by gzip where its name ends in .gz
 ) -> Iterator[tuple[int, str]]: # line number from 1, the line without its end
-    "The non-blank lines of a UTF-8 file with their numbers. Raises a ValueError naming file and line where the bytes are not UTF-8 or the file is broken."
+    "The non-blank lines of a UTF-8 file with their numbers. Raises a ValueError naming file and line of what is broken."
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -67,10 +68,11 @@ def read_lines(
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"'{path}': broken gzip file after line {number} ({error}).") from error
 
+# %% ../nbs/08_evaluation.ipynb #08c1a008
 def read_records(
     path: Path, # corpus.jsonl or queries.jsonl, plain or .gz
 ) -> dict[str, dict]: # record by id, in the file's order
-    "JSON lines by their `_id`. Raises a ValueError naming file and line for what is no JSON object, lacks `_id` or `text`, or repeats an id."
+    "JSON lines by their `_id`. Raises a ValueError naming file and line of what has no JSON, `_id`, `text` or new id."
     records = {}
     for number, line in read_lines(path):
         try: record = json.loads(line)
@@ -124,16 +126,18 @@ def unpack_beir(
 ) -> Iterator[Path]: # the data set's folder, gone afterwards
     "A BEIR zip, unpacked while inside. Raises a FileNotFoundError or ValueError naming the zip."
     if not path.is_file(): raise FileNotFoundError(f"There is no file '{path}'.")
+    wanted = re.compile(r"(^|/)(corpus\.jsonl|queries\.jsonl|qrels/[^/]+\.tsv)(\.gz)?$")
     with tempfile.TemporaryDirectory() as folder:
         try:
             with zipfile.ZipFile(path) as packed:
-                for name in packed.namelist():
-                    if re.search(r"(^|/)(corpus\.jsonl|queries\.jsonl|qrels/[^/]+\.tsv)(\.gz)?$", name): packed.extract(name, folder)
-        except (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error) as error: raise ValueError(f"'{path}' is not a whole zip file: {error}") from error
+                for name in filter(wanted.search, packed.namelist()): packed.extract(name, folder)
+        except (zipfile.BadZipFile, EOFError, RuntimeError, zlib.error) as error:
+            raise ValueError(f"'{path}' is not a whole zip file: {error}") from error
         found = sorted(Path(folder).rglob("corpus.jsonl*"))
         if len(found) != 1: raise ValueError(f"'{path}' holds {len(found)} corpus.jsonl; a BEIR zip holds one data set.")
         try: yield found[0].parent
-        except (FileNotFoundError, ValueError) as error: raise type(error)(str(error).replace(str(found[0].parent), str(path))) from error
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(str(error).replace(str(found[0].parent), str(path))) from error
 
 # %% ../nbs/08_evaluation.ipynb #08a10003
 def load_beir(
@@ -148,12 +152,14 @@ def load_beir(
     corpus = {i: {"title": str(r.get("title") or ""), "text": r["text"]} for i, r in read_records(files[0]).items()}
     queries = {i: r["text"] for i, r in read_records(files[1]).items()}
     qrels = read_qrels(files[2])
-    lost = [i for i in qrels if i not in queries]
-    if lost: log.warning("%s: %d judged queries are not in %s and are left out, for example %r.", files[2], len(lost), files[1].name, lost[0])
+    if lost := [i for i in qrels if i not in queries]:
+        log.warning("%s: %d judged queries are not in %s and are left out, for example %r.",
+                    files[2], len(lost), files[1].name, lost[0])
     qrels = {i: judgements for i, judgements in qrels.items() if i in queries}
     if not qrels: raise ValueError(f"'{files[2]}' judges no query of '{files[1]}'.")
-    unknown = [i for judgements in qrels.values() for i in judgements if i not in corpus]
-    if unknown: log.warning("%s: %d judged documents are not in %s; they count as never found, for example %r.", files[2], len(unknown), files[0].name, unknown[0])
+    if unknown := [i for judgements in qrels.values() for i in judgements if i not in corpus]:
+        log.warning("%s: %d judged documents are not in %s; they count as never found, for example %r.",
+                    files[2], len(unknown), files[0].name, unknown[0])
     return corpus, {i: queries[i] for i in qrels}, qrels
 
 # %% ../nbs/08_evaluation.ipynb #13b6d236
@@ -163,39 +169,6 @@ def passage_texts(
     "Title and text of every document, joined by a space as BEIR joins them."
     return [f"{document.get('title') or ''} {document['text']}".strip() for document in corpus.values()]
 
-# %% ../nbs/08_evaluation.ipynb #d37b7fc9
-def split_words(
-    text: str, # source code or prose
-) -> str:
-    "Identifiers split at underscores and capitals: get_userName -> get user Name, HTTPServer -> HTTP Server."
-    return re.sub(r"_+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", text)
-
-def tokenize_words(
-    texts: list[str], # documents or queries
-    split_identifiers: bool = False, # whether to split get_userName
-):
-    "bm25s's tokens: lower case, words of two letters and more, English stop words out, English stemmer."
-    if split_identifiers: texts = [split_words(text) for text in texts]
-    return bm25s.tokenize(texts, stopwords="english", stemmer=Stemmer.Stemmer("english"), show_progress=False)
-
-def bm25_run(
-    corpus: dict[str, dict[str, str]], # title and text by document id
-    queries: dict[str, str], # text by query id
-    k: int = 100, # documents a query at most
-    split_identifiers: bool = False, # split get_userName into words, which helps on code
-) -> dict[str, dict[str, float]]: # score by query id and document id, best first; documents without a common word are left out
-    "BM25 as Lucene computes it (k1=1.5, b=0.75) over title and text."
-    logging.getLogger("bm25s").setLevel(logging.WARNING) # it sets itself to DEBUG when imported
-    tokens = tokenize_words(passage_texts(corpus), split_identifiers) if corpus else None
-    if not queries or tokens is None or not any(tokens.ids): return {query: {} for query in queries}
-    index = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
-    index.index(tokens, show_progress=False)
-    words = tokenize_words(list(queries.values()), split_identifiers)
-    indices, scores = index.retrieve(words, k=min(k, len(corpus)), show_progress=False)
-    ids = list(corpus)
-    return {query: {ids[i]: score for i, score in zip(row_i, row_s) if score > 0}
-            for query, row_i, row_s in zip(queries, indices.tolist(), scores.tolist())}
-
 # %% ../nbs/08_evaluation.ipynb #9e3fa258
 def search(
     query_embeddings, # (n, D) tensor or array
@@ -203,7 +176,8 @@ def search(
     k: int = 100, # how many passages a query; fewer where there are fewer
 ) -> tuple[np.ndarray, np.ndarray]: # scores and row numbers of the passages, both (n, min(k, m)), best first
     "Exact search for the largest dot products (faiss). Raises a ValueError for shapes that do not fit."
-    queries, passages = (torch.as_tensor(x).detach().to("cpu", torch.float32).contiguous().numpy() for x in (query_embeddings, passage_embeddings))
+    queries, passages = (torch.as_tensor(x).detach().to("cpu", torch.float32).contiguous().numpy()
+                         for x in (query_embeddings, passage_embeddings))
     if queries.ndim != 2 or passages.ndim != 2 or queries.shape[1] != passages.shape[1]:
         raise ValueError(f"Two tables of the same width are needed, not {queries.shape} and {passages.shape}. "
                          "Were queries and passages encoded by the same model?")
@@ -235,8 +209,9 @@ def dense_run(
     progress: bool = False, # whether to show a bar
 ) -> dict[str, dict[str, float]]: # score by query id and document id, best first
     "Encode everything, each process its share, and search."
+    work = [(retriever.encode_passages, passage_texts(corpus)), (retriever.encode_queries, list(queries.values()))]
     passages, texts = (encode_across_processes(partial(encode, batch_size=batch_size, progress=progress), rows)
-                       for encode, rows in ((retriever.encode_passages, passage_texts(corpus)), (retriever.encode_queries, list(queries.values()))))
+                       for encode, rows in work)
     scores, indices = search(texts, passages, k)
     ids = list(corpus)
     return {query: {ids[i]: score for i, score in zip(row_i, row_s)}
@@ -266,7 +241,8 @@ def write_run(
     "A TREC run file: `qid Q0 docid rank score tag`, best first, written whole or not at all. Raises a ValueError for ids with spaces."
     path = Path(path).expanduser()
     for name in [tag, *run, *(d for documents in run.values() for d in documents)]:
-        if not name or any(c.isspace() for c in name): raise ValueError(f"A TREC run file cannot hold {name!r}: ids and tag need at least one character and no spaces.")
+        if not name or any(c.isspace() for c in name):
+            raise ValueError(f"A TREC run file cannot hold {name!r}: ids and tag need at least one character and no spaces.")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -279,6 +255,7 @@ def write_run(
     finally:
         partial.unlink(missing_ok=True)
 
+# %% ../nbs/08_evaluation.ipynb #08c1a019
 def read_run(
     path: str | Path, # a TREC run file, plain or .gz
 ) -> dict[str, dict[str, float]]: # score by query id and document id, in the file's order
@@ -291,6 +268,7 @@ def read_run(
             rank, score = int(rank), float(score)
         except ValueError as error:
             raise ValueError(f"'{path}', line {number}: 'qid Q0 docid rank score tag' is needed, not {line!r}.") from error
-        if document in run.setdefault(query, {}): raise ValueError(f"'{path}', line {number}: {document} is listed twice for {query}.")
+        if document in run.setdefault(query, {}):
+            raise ValueError(f"'{path}', line {number}: {document} is listed twice for {query}.")
         run[query][document] = score
     return run

@@ -18,7 +18,8 @@ from datasets import Dataset, load_from_disk
 
 from .corpus import chunk_corpus, chunk_text
 from .reading import load_corpus
-from .evaluation import passage_texts, tokenize_words
+from .bm25 import tokenize_words
+from .evaluation import passage_texts
 from .loading import SETTINGS, replacing_folder
 from .retriever import Retriever
 

@@ -41,7 +41,7 @@ def make_run(
     cache:str|None=None, # folder to keep embeddings in
 )->dict[str, dict[str, float]]: # score by query id and document id
     "The run of BM25 or of a retriever. Raises FileNotFoundError or ValueError for what is no model."
-    from revela_nb.evaluation import bm25_run, dense_run
+    from revela_nb.bm25 import bm25_run; from revela_nb.evaluation import dense_run
     if k < 1: raise ValueError(f"k must be at least 1, not {k}")
     if isinstance(model, str): model = load_model(model, cache)
     return bm25_run(corpus, queries, k) if model == "bm25" else dense_run(model, corpus, queries, k, progress=sys.stderr.isatty())

@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 
 import revela_nb.compare as compare
 from revela_nb.compare import choose_weight, compare_runs, fuse_ranks, fuse_scores, known_items, load_task, remove_excluded
-from revela_nb.evaluation import bm25_run, load_beir, score_queries, score_run
+from revela_nb.bm25 import bm25_run
+from revela_nb.evaluation import load_beir, score_queries, score_run
 
 QRELS = {f"q{i}": {"r": 1} for i in range(12)}
 
@@ -157,6 +158,20 @@ def test_a_task_by_the_path_of_a_zip_or_a_folder(tmp_path):
     (tmp_path / "zips").mkdir()
     packed = zip_of(folder, tmp_path / "zips" / "arguana.zip")
     assert load_task(str(folder)) == load_task(str(packed)) == load_task("arguana", tmp_path / "zips") == (*load_beir(folder), {"q": {"q"}})
+
+
+@pytest.mark.parametrize("name, excluded", [("arguana", True), ("arguana.v2", True), ("ArguAna.2024-01.v2", True), ("Quora.test", True), ("my.arguana", False), ("arguana2", False)])
+def test_a_dot_in_a_path_hides_no_name(tmp_path, name, excluded):
+    folder = tmp_path / name
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text('{"_id": "q", "text": "mine"}\n{"_id": "d", "text": "answer"}\n')
+    (folder / "queries.jsonl").write_text('{"_id": "q", "text": "mine"}\n')
+    (folder / "qrels" / "test.tsv").write_text("q\td\t1\n")
+    expected = (*load_beir(folder), {"q": {"q"}} if excluded else {})
+    (tmp_path / "zips.d").mkdir()
+    packed = zip_of(folder, tmp_path / "zips.d" / f"{name}.zip")
+    assert load_task(str(folder)) == load_task(f"{folder}/") == load_task(name, tmp_path) == expected
+    assert load_task(str(packed)) == load_task(name, tmp_path / "zips.d") == expected
 
 
 def test_the_weight_is_chosen_on_the_questions_given():

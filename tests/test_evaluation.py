@@ -10,7 +10,8 @@ from beir.datasets.data_loader import GenericDataLoader
 from beir.retrieval.evaluation import EvaluateRetrieval
 from hypothesis import given, settings, strategies as st
 
-from revela_nb.evaluation import bm25_run, dense_run, encode_across_processes, evaluate, load_beir, read_run, score_queries, score_run, search, split_words, write_run
+from revela_nb.bm25 import bm25_run, split_words
+from revela_nb.evaluation import dense_run, encode_across_processes, evaluate, load_beir, read_run, score_queries, score_run, search, write_run
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CORPUS = [{"_id": "d1", "title": "Cats", "text": "The cat sat on the warm mat."}, {"_id": "d2", "title": "", "text": "Dogs bark at cats. \u00e9\u2028x"},

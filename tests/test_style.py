@@ -16,8 +16,6 @@ LINES = {"module": 60, "other": 25}             # of one exported cell: an nn.Mo
 # Chapters over a limit: what they may have at most, and why. Shorten a chapter, and its line here has to go or to shrink: the tests say so.
 LATER = "not shortened yet (issue 6)"
 OVER = {
-    "08_evaluation": ({"cells": 75, "code lines": 419, "words": 2162, "long exported cells": 3, "lines over 135": 22}, LATER),
-    "13_export": ({"long exported cells": 1, "lines over 135": 12}, LATER),
     "16_baselines": ({"long exported cells": 2, "lines over 135": 28}, LATER),
     "17_launch": ({"long exported cells": 1, "lines over 135": 15}, LATER),
     "18_training": ({"long exported cells": 1, "lines over 135": 29}, LATER),
@@ -34,6 +32,7 @@ SHORT = {
     "00_tour": ONE_IDEA,
     "01_corpus": ONE_IDEA,
     "01c_reading": ONE_IDEA,
+    "08b_bm25": ONE_IDEA,
     "09b_grouping": ONE_IDEA,
     "09c_copies": ONE_IDEA,
     "09d_shards": ONE_IDEA,
