@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['log', 'GROUP_FILES', 'PUBLISHED_GROUPS', 'FOLDER_OPTIONS', 'HARMLESS', 'RECORD', 'check_group_file', 'write_groups',
            'write_json', 'read_rows', 'group_texts', 'read_groups', 'corpus_groups', 'check_file_form',
-           'prepare_folder', 'prepare_groups', 'TrainOptions', 'run_record', 'check_run', 'training_groups',
-           'adapter_settings', 'build_training', 'beir_evaluation', 'run_training', 'read_arguments', 'train_retriever']
+           'prepare_folder', 'prepare_groups', 'MethodOptions', 'TrainOptions', 'run_record', 'check_run',
+           'training_groups', 'adapter_settings', 'build_training', 'beir_evaluation', 'run_training', 'read_arguments',
+           'train_retriever']
 
 # %% ../nbs/18_training.ipynb #6af3a658
 import argparse, contextlib, hashlib, json, logging, os, sys
@@ -96,12 +97,16 @@ def read_groups(
         from revela_nb.prepared import read_prepared, read_published
         return read_published(str(path)) if str(path) in PUBLISHED_GROUPS else read_prepared(path)
     path, groups, size = check_group_file(path), [], None
-    if not path.is_file(): raise FileNotFoundError(f"there is no file '{path}'; groups are a file or a folder that 'revela prepare' made, or {' or '.join(PUBLISHED_GROUPS)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file '{path}'; groups are a file or a folder that 'revela prepare' made, "
+                                f"or {' or '.join(PUBLISHED_GROUPS)}")
     for number, row in read_rows(path):
         texts = group_texts(row)
         if texts is None: raise ValueError(f"'{path}', line {number}: a group is a list of two or more texts, bare or under 'texts'")
         size = size or len(texts)
-        if len(texts) != size: raise ValueError(f"'{path}', line {number}: {len(texts)} texts, but the first group has {size}; all groups of a file need one size")
+        if len(texts) != size:
+            raise ValueError(f"'{path}', line {number}: {len(texts)} texts, but the first group has {size}; "
+                             "all groups of a file need one size")
         ids = row.get("ids") if isinstance(row, dict) else None
         groups.append({"ids": ids or [f"{number}.{i}" for i in range(size)], "texts": texts})
     if not groups: raise ValueError(f"'{path}' holds no group")
@@ -132,9 +137,12 @@ def check_file_form(
     from revela_nb.batching import STRATEGIES
     from revela_nb.grouping import parse_strategy
     path, given = check_group_file(args.out), [f"--{name.replace('_', '-')}" for name in FOLDER_OPTIONS if hasattr(args, name)]
-    if given: raise ValueError(f"{', '.join(given)}: only a folder of groups has that; give --out FOLDER instead of '{args.out}', or leave it out")
+    if given:
+        raise ValueError(f"{', '.join(given)}: only a folder of groups has that; "
+                         f"give --out FOLDER instead of '{args.out}', or leave it out")
     parse_strategy(args.strategy) # is it one at all?
-    if args.strategy not in STRATEGIES: raise ValueError(f"the strategy '{args.strategy}' needs --out FOLDER; for a file there are {', '.join(STRATEGIES)}")
+    if args.strategy not in STRATEGIES:
+        raise ValueError(f"the strategy '{args.strategy}' needs --out FOLDER; for a file there are {', '.join(STRATEGIES)}")
     return path
 
 # %% ../nbs/18_training.ipynb #a1ea5ded
@@ -148,7 +156,8 @@ def prepare_folder(
     how = {"progress": sys.stderr.isatty(), "streaming": hasattr(args, "streaming")}
     if hasattr(args, "share"):
         made = prepare_share(options, args.out, args.share, **how)
-        return print(f"share {args.share[0]}/{args.share[1]}: {made} shards; when all shares are done, run the same command without --share")
+        part, parts = args.share
+        return print(f"share {part}/{parts}: {made} shards; when all shares are done, run the same command without --share")
     counts = prepare_corpus(options, args.out, workers=getattr(args, "workers", 1), **how)["counts"]
     for name, count in counts.items(): log.info("%s: %s", name, count)
     print(f"{counts['groups']:,} groups of {args.group_size} chunks in {args.out}")
@@ -165,15 +174,18 @@ def prepare_groups(
 
 # %% ../nbs/18_training.ipynb #ba21800c
 @dataclass
-class TrainOptions:
-    "What to train on, and the method's own options; all others are `RevelaArguments`."
+class MethodOptions:
+    "What to train on, which models, and the method's own options."
     _argument_group_name = "Revela"
     corpus:str|None = field(default=None, metadata={"help": "train on this: 'python', a file or folder, a hub data set"})
-    groups:str|None = field(default=None, metadata={"help": "or on this: a file or folder that 'revela prepare' made, or trumancai/revela_training_corpus, trumancai/revela_code_training_corpus"})
+    groups:str|None = field(default=None, metadata={
+        "help": "or on this: a file or folder that 'revela prepare' made, or "
+                "trumancai/revela_training_corpus, trumancai/revela_code_training_corpus"})
     retriever:str|None = field(default=None, metadata={"help": "folder or hub name; None: the backbone that ships with the package"})
     lm:str|None = field(default=None, metadata={"help": "folder or hub name of the language model; None: the same as the retriever"})
     lora:int|None = field(default=None, metadata={"help": "rank of a LoRA adapter on both; None: train all weights"})
-    lora_alpha:float|None = field(default=None, metadata={"help": "scale of the adapter; None: twice its rank (paper: 64 at rank 256)"})
+    lora_alpha:float|None = field(default=None, metadata={
+        "help": "scale of the adapter; None: twice its rank (paper: 64 at rank 256)"})
     lora_dropout:float = field(default=0.0, metadata={"help": "in the adapter; paper: 0.1"})
     pooling:str = field(default="mean", metadata={"help": "eos (paper) or mean (surer for small models and short training)"})
     temperature:float = field(default=0.02, metadata={"help": "of the softmax over similarities; the released script uses 1e-4"})
@@ -182,17 +194,27 @@ class TrainOptions:
     freeze_lm:bool = field(default=False, metadata={"help": "train the retriever alone"})
     gather_chunks:bool = field(default=False, metadata={"help": "all chunks of a step are one group, over all devices"})
     learn_temperature:bool = field(default=False, metadata={"help": "make the temperature a parameter"})
-    min_weight:float|None = field(default=None, metadata={"help": "chunks with this weight or less are not read: faster, off by at most their weights; default: exact to rounding"})
+    min_weight:float|None = field(default=None, metadata={
+        "help": "chunks with this weight or less are not read: faster, off by at most their weights; default: exact to rounding"})
+
+# %% ../nbs/18_training.ipynb #84d33ac7
+@dataclass
+class TrainOptions(MethodOptions):
+    "All options of `revela train` that are not `RevelaArguments`."
     max_words:int = field(default=120, metadata={"help": "words in a chunk"})
     group_size:int = field(default=16, metadata={"help": "chunks in a group"})
-    strategy:str = field(default="document", metadata={"help": "how chunks are grouped: document, bm25 or random (for cluster, remine and mixtures: revela prepare --out FOLDER, then --groups)"})
+    strategy:str = field(default="document", metadata={
+        "help": "how chunks are grouped: document, bm25 or random (for cluster, remine and mixtures: "
+                "revela prepare --out FOLDER, then --groups)"})
     run_length:int = field(default=4, metadata={"help": "neighbouring chunks of one document in a group (strategy document)"})
     max_length:int = field(default=160, metadata={"help": "tokens of a chunk at most"})
     eval_beir:str|None = field(default=None, metadata={"help": "a BEIR folder to evaluate on during training"})
-    patience:int = field(default=0, metadata={"help": "stop after so many evaluations without gain (needs metric_for_best_model, for example ndcg@10); 0: never"})
+    patience:int = field(default=0, metadata={
+        "help": "stop after so many evaluations without gain (needs metric_for_best_model, for example ndcg@10); 0: never"})
 
 # %% ../nbs/18_training.ipynb #92f38b79
-HARMLESS = ("config", "output_dir", "verbose", "run", "parser", "logging_", "log_", "save_", "eval_", "report_to", "per_device_train", "gradient_accumulation", "resume_", "disable_tqdm", "dataloader_num_workers")
+HARMLESS = ("config", "output_dir", "verbose", "run", "parser", "logging_", "log_", "save_", "eval_", "report_to",
+            "per_device_train", "gradient_accumulation", "resume_", "disable_tqdm", "dataloader_num_workers")
 RECORD = "revela_run.json"
 
 def run_record(
@@ -212,11 +234,15 @@ def check_run(
 )->str: # "new", "started" or "finished"
     "What the output folder holds. Raises FileExistsError for somebody's files, ValueError for a run with other options."
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())): return "new"
-    if not (folder / RECORD).is_file(): raise FileExistsError(f"'{folder}' exists and holds no run of 'revela train': choose another output_dir")
+    if not (folder / RECORD).is_file():
+        raise FileExistsError(f"'{folder}' exists and holds no run of 'revela train': choose another output_dir")
     try: there = dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error: raise ValueError(f"'{folder / RECORD}' is damaged ({error}): take another output_dir") from error
-    different = [f"{name}: {there.get(name)} there, {record.get(name)} now" for name in sorted(there.keys() | record.keys()) if there.get(name) != record.get(name)]
-    if different: raise ValueError(f"'{folder}' holds a run with other options ({'; '.join(different)}): take the same ones, or another output_dir")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"'{folder / RECORD}' is damaged ({error}): take another output_dir") from error
+    names = sorted(name for name in there.keys() | record.keys() if there.get(name) != record.get(name))
+    different = "; ".join(f"{name}: {there.get(name)} there, {record.get(name)} now" for name in names)
+    if different:
+        raise ValueError(f"'{folder}' holds a run with other options ({different}): take the same ones, or another output_dir")
     return "finished" if (folder / "retriever" / "retriever_config.json").is_file() else "started"
 
 # %% ../nbs/18_training.ipynb #07bac605
@@ -257,11 +283,12 @@ def build_training(
     if name is None:
         from revela_nb.demo import backbone_folder # with matplotlib behind it
         name = backbone_folder()
-    retriever = Retriever.from_pretrained(name, lora=adapter_settings(options, "FEATURE_EXTRACTION"), pooling=options.pooling, max_length=options.max_length)
+    adapter = adapter_settings(options, "FEATURE_EXTRACTION")
+    retriever = Retriever.from_pretrained(name, lora=adapter, pooling=options.pooling, max_length=options.max_length)
     lm = build_lm(options.lm or name, lora=adapter_settings(options, "CAUSAL_LM"))
     tokenizer = load_tokenizer(find_folder(options.lm)) if options.lm else retriever.tokenizer
-    model = Revela(retriever, lm, options.temperature, options.value_norm, options.dual_loss, options.freeze_lm, options.gather_chunks, options.learn_temperature,
-                   options.min_weight)
+    model = Revela(retriever, lm, options.temperature, options.value_norm, options.dual_loss, options.freeze_lm, options.gather_chunks,
+                   options.learn_temperature, options.min_weight)
     return model, GroupCollator(retriever.tokenizer, tokenizer, options.max_length, retriever.query_prefix, retriever.passage_prefix)
 
 # %% ../nbs/18_training.ipynb #66e20fc7
@@ -282,7 +309,7 @@ def run_training(
     collator, # makes batches of them
     options:TrainOptions, # has eval_beir and patience
     record:dict, # what `run_record` says of the run
-    started:bool, # whether the folder holds a part of it
+    started:bool, # whether the folder holds a part of it: go on from the last complete checkpoint
 )->None:
     "Train, log, stop on a signal, save; writes the first file."
     from transformers import EarlyStoppingCallback
@@ -290,14 +317,16 @@ def run_training(
     from revela_nb.trainer import RevelaTrainer
     folder, stop = Path(arguments.output_dir), StopOnSignal()
     patience = [EarlyStoppingCallback(options.patience)] if options.patience else []
-    trainer = RevelaTrainer(model=model, args=arguments, train_dataset=groups, data_collator=collator, evaluate_retriever=beir_evaluation(options.eval_beir),
+    trainer = RevelaTrainer(model=model, args=arguments, train_dataset=groups, data_collator=collator,
+                            evaluate_retriever=beir_evaluation(options.eval_beir),
                             callbacks=[LogToFile(folder / "log.jsonl"), stop, *patience])
     if arguments.should_save: write_json(record, folder / RECORD)
     log.info("training on %d groups%s", len(groups), ": this run was begun before" if started else "")
-    with contextlib.redirect_stdout(sys.stderr): trainer.train(arguments.resume_from_checkpoint or started) # True: from the last complete checkpoint
-    if stop.stopped: return log.warning("stopped by SIGTERM after step %d, which is saved: start the same command to go on", trainer.state.global_step)
+    with contextlib.redirect_stdout(sys.stderr): trainer.train(arguments.resume_from_checkpoint or started)
+    step = trainer.state.global_step
+    if stop.stopped: return log.warning("stopped by SIGTERM after step %d, which is saved: start the same command to go on", step)
     trainer.save_retriever(folder / "retriever")
-    if arguments.should_save: print(f"{folder / 'retriever'}: the trained retriever after {trainer.state.global_step} steps")
+    if arguments.should_save: print(f"{folder / 'retriever'}: the trained retriever after {step} steps")
 
 # %% ../nbs/18_training.ipynb #b9908480
 def read_arguments(
@@ -309,7 +338,8 @@ def read_arguments(
     if args.output_dir is None: raise ValueError("give --output_dir FOLDER for checkpoints and the retriever")
     options, arguments = HfArgumentParser((TrainOptions, RevelaArguments)).parse_dict(vars(args), allow_extra_keys=True)
     if args.disable_tqdm is None: arguments.disable_tqdm = not sys.stderr.isatty() # a bar is for somebody who watches
-    if options.eval_beir and arguments.eval_strategy == "no": raise ValueError("--eval_beir needs --eval_strategy epoch, or steps with --eval_steps N")
+    if options.eval_beir and arguments.eval_strategy == "no":
+        raise ValueError("--eval_beir needs --eval_strategy epoch, or steps with --eval_steps N")
     return options, arguments
 
 # %% ../nbs/18_training.ipynb #c4c2f5d8

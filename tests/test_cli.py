@@ -228,6 +228,31 @@ def test_train_twice_resume_and_other_options(config, capsys, models):
     assert all(torch.equal(again[n], w) for n, w in weights.items())
 
 
+def read_scalar(folder, name):
+    "(step, value) pairs in TensorBoard's event files: each record is a length, its checksum, an Event and its checksum."
+    try: from tensorboard.compat.proto.event_pb2 import Event
+    except ImportError: Event = pytest.importorskip("tensorboardX.proto.event_pb2", reason="needs tensorboard or tensorboardX").Event
+    pairs = []
+    for path in sorted(Path(folder).rglob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event, data = Event.FromString(data[12:12 + size]), data[size + 16:]
+            pairs += [(event.step, value.simple_value) for value in event.summary.value if value.tag == name]
+    return pairs
+
+
+def test_train_reports_to_tensorboard(config, capsys):
+    "What the log file says of the in-batch gain is what TensorBoard shows, step by step; without the option there is no event file."
+    read_scalar(".", "train/gain") # skips where no library reads event files
+    assert main(["train", config, "--report_to", "tensorboard", "--learning_rate", "1e-2"]) == 0
+    logged = [(line["step"], line["gain"]) for line in map(json.loads, Path("out/log.jsonl").read_text().splitlines()) if "gain" in line]
+    found = read_scalar("out", "train/gain")
+    assert [step for step, _ in found] == [1, 2, 3, 4] and any(value != 0 for _, value in found)
+    assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged] # an event holds a float32
+    assert main(["train", config, "--output_dir", "quiet"]) == 0 and read_scalar("quiet", "train/gain") == []
+
+
 def test_train_refuses_models_and_folders(config, capsys, models):
     refused(capsys, ["train", config, "--retriever", str(models / "bloom")], "Bloom")
     refused(capsys, ["train", config, "--lm", str(models / "bloom")], "Bloom")
