@@ -252,16 +252,15 @@ def show_bench(
 )->None:
     "`revela bench`: every method at every size, as multiples of the plain model."
     from revela_nb.bench import draw_bench, run_bench
-    report = run_bench(args.shape, args.layers or None, args.chunks, args.lengths, args.temperatures, args.group_size, args.repeats,
-                       args.checkpointing)
+    sizes = args.layers or None, args.chunks, args.lengths, args.temperatures, args.group_size
+    report = run_bench(args.shape, *sizes, args.repeats, args.checkpointing, args.compiled)
     table = Table("method", "chunks × tokens", "seconds", "time ratio", "peak GB", "memory ratio", "of the GPU's peak",
                   title=f"{args.shape}, {args.layers or 'all'} layers, forward and backward")
     for row in report["rows"]: table.add_row(*bench_cells(row))
     Console().print(table)
     for name, seconds in report["layer"].items():
         print(f"one layer's cross-chunk part, {name:10s} {seconds:8.3f} s   einsum / this = {report['layer']['einsum'] / seconds:.1f}")
-    out = Path(args.out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(args.out).expanduser()).mkdir(parents=True, exist_ok=True)
     draw_bench(report, out / "bench.png")
     write_json(report, out / "bench.json")
     print(f"{out}/bench.json, {out}/bench.png")
@@ -282,6 +281,7 @@ def add_bench(commands)->None: # argparse's sub-parsers
     option("--group_size", type=int, default=16, help="chunks a group; more chunks make several groups")
     option("--repeats", type=int, default=5, help="timed steps a case; the median counts")
     option("--checkpointing", action="store_true", help="gradient checkpointing")
+    option("--compiled", action="store_true", help="torch.compile of each layer, which pays on a GPU")
     option("--out", metavar="DIR", default="revela_bench", help="folder for bench.json and bench.png")
 
 # %% ../nbs/19_cli.ipynb #7b622249

@@ -244,7 +244,9 @@ class Revela(WeighingModule):
         queries = self.retriever(query_input_ids, query_attention_mask)
         passages = self.retriever(passage_input_ids, passage_attention_mask)
         if spans: queries, passages = (GatherRows.apply(x).flatten(0, 1) for x in (queries, passages))
-        similarity = queries @ passages.T                                             # (B, B), or (kB, kB)
+        with torch.autocast(queries.device.type, enabled=False):                      # in bf16 similarities near 1 are 1/256 apart
+            full = torch.promote_types(queries.dtype, torch.float32)
+            similarity = queries.to(full) @ passages.to(full).T                       # (B, B), or (kB, kB)
         weights = self.weigh(similarity, group_size)
         if spans: similarity, weights = (x.view(-1, len(input_ids), x.shape[1])[dist.get_rank()] for x in (similarity, weights))
         forward = spanning_forward if spans else in_batch_forward

@@ -196,6 +196,7 @@ class MethodOptions:
     learn_temperature:bool = field(default=False, metadata={"help": "make the temperature a parameter"})
     min_weight:float|None = field(default=None, metadata={
         "help": "chunks with this weight or less are not read: faster, off by at most their weights; default: exact to rounding"})
+    compile_layers:bool = field(default=False, metadata={"help": "torch.compile every layer: minutes at the start, pays on a GPU"})
 
 # %% ../nbs/18_training.ipynb #84d33ac7
 @dataclass
@@ -277,6 +278,7 @@ def build_training(
     from revela_nb.batching import GroupCollator
     from revela_nb.model import Revela
     from revela_nb.loading import find_folder, load_tokenizer
+    from revela_nb.patching import compile_layers
     from revela_nb.retriever import Retriever
     from revela_nb.trainer import build_lm
     name = options.retriever
@@ -289,6 +291,8 @@ def build_training(
     tokenizer = load_tokenizer(find_folder(options.lm)) if options.lm else retriever.tokenizer
     model = Revela(retriever, lm, options.temperature, options.value_norm, options.dual_loss, options.freeze_lm, options.gather_chunks,
                    options.learn_temperature, options.min_weight)
+    if options.compile_layers:
+        for part in (retriever.encoder, lm): compile_layers(part)
     return model, GroupCollator(retriever.tokenizer, tokenizer, options.max_length, retriever.query_prefix, retriever.passage_prefix)
 
 # %% ../nbs/18_training.ipynb #66e20fc7

@@ -1,0 +1,189 @@
+"""What cross-chunk attention and a whole step cost on a GPU, for 04b_kernel and 24_speed.  usage: python nbs/_gpu.py [--out nbs/results/gpu.json] [--chunks 256 1024] [--seconds 170]
+
+Exactness against float64, one layer by every way, tiles of the kernels, and the step of SmolLM2-135M's shape in bf16, eager and compiled. Written as it goes; what fails says why.
+Without a GPU it rehearses on toy sizes."""
+import argparse
+import itertools
+import json
+import time
+import traceback
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from revela_nb import attention, kernel
+from revela_nb.attention import cross_chunk_attention, cross_chunk_einsum, in_batch_weights, select_pairs
+from revela_nb.bench import BenchCase, bench_weights, case_weights, layer_inputs, random_lm, step_flops, time_in_turns, training_step, with_ratios
+from revela_nb.kernel import TILES, list_pairs, triton_attention
+from revela_nb.patching import in_batch_forward
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+BEGUN = time.time()
+OTHER_TILES = {"forward": [(64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 4, 2), (32, 32, 2, 2)], "queries": [(64, 64, 4, 2), (64, 32, 4, 3), (32, 32, 2, 2), (128, 32, 4, 2)],
+               "keys": [(32, 64, 4, 2), (64, 64, 4, 2), (32, 32, 4, 3), (32, 128, 4, 3), (64, 64, 8, 3), (16, 64, 4, 3)]}
+
+
+def say(*words): print(f"[{time.time() - BEGUN:5.0f}]", *words, flush=True)
+
+
+def gradients(read, inputs, weights, mask, grad, dtype):
+    "Output and gradients of one way, in float64."
+    leaves = [x.detach().to(dtype).clone().requires_grad_() for x in inputs] + [weights.detach().to(torch.promote_types(dtype, torch.float32)).clone().requires_grad_()]
+    out = read(*leaves, mask)
+    out.backward(grad.to(out.dtype))
+    return [x.double() for x in (out.detach(), *(x.grad for x in leaves))]
+
+
+def check_exactness(record):
+    "Relative error of both GPU ways against the einsum in float64, of the output and of every gradient."
+    for dtype, (n, h, hkv, l, d) in itertools.product((torch.float32, torch.bfloat16), ((6, 9, 3, 160, 64), (5, 4, 2, 37, 128)) if GPU else ((3, 4, 2, 9, 16),)):
+        if not GPU and dtype == torch.bfloat16: continue
+        g = torch.Generator().manual_seed(0)
+        inputs = [torch.randn(n, x, l, d, generator=g).to(DEVICE, dtype) for x in (h, hkv, hkv)]
+        grad = torch.randn(n, h, l, d, generator=g).to(DEVICE, dtype)
+        mask = (torch.arange(l) < torch.randint(1, l + 1, (n, 1), generator=g)).to(DEVICE)
+        weights = in_batch_weights(torch.randn(n, n, generator=g).to(DEVICE), 1.0)
+        exact = gradients(cross_chunk_einsum, inputs, weights, mask, grad, torch.float64)
+        for name, read in (("triton", triton_attention), ("sdpa", cross_chunk_attention)):
+            found = gradients(read, inputs, weights, mask, grad, dtype)
+            found[4], exact[4] = (x * select_pairs(weights) for x in (found[4], exact[4]))      # the diagonal is never read
+            errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact)]
+            record.append({"way": name, "dtype": str(dtype)[6:], "shape": [n, h, hkv, l, d]} | dict(zip(("output", "query", "key", "value", "weights"), errors)))
+            say(record[-1])
+
+
+def check_golden(record):
+    "Loss and gradients of the authors' code on the GPU, float32, and with compiled layers."
+    import sys
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from revela_nb.patching import compile_layers
+    from test_golden import CASES, load_case
+    for compiled in (False, True):
+        model, t, meta = load_case(CASES[0])
+        t = {k: x.to(DEVICE) for k, x in t.items()}
+        model.to(DEVICE).train()
+        if compiled: compile_layers(model)
+        similarity = t["similarity"].clone().requires_grad_()
+        out = in_batch_forward(model, t["input_ids"], t["attention_mask"], in_batch_weights(similarity, float(meta["temperature"])), labels=t["labels"])
+        out.loss.backward()
+        errors = {"loss": (out.loss - t["loss"]).abs().item(), "similarity": (similarity.grad - t["grad_similarity"]).abs().max().item()}
+        errors |= {"parameters": max((p.grad - t[f"grad.{name}"]).abs().max().item() for name, p in model.named_parameters() if f"grad.{name}" in t)}
+        record.append({"compiled": compiled, "head_size": model.config.hidden_size // model.config.num_attention_heads} | errors)
+        say(record[-1])
+
+
+def check_model(record):
+    "Loss and gradients of a small Llama with heads of 64, float32: the shipped way against the einsum in its place."
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from revela_nb.bench import attention_by, authors_attention
+    from revela_nb.kernel import read_chunks
+    torch.manual_seed(0)
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=300, hidden_size=192, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1)).to(DEVICE).train()
+    ids, mask, found = torch.randint(0, 300, (8, 50)).to(DEVICE), torch.ones(8, 50, dtype=torch.long, device=DEVICE), []
+    mask[3:, 40:] = 0
+    for read in (read_chunks, authors_attention):
+        lm.zero_grad()
+        weights = bench_weights(8, 4, 1.0).detach().to(DEVICE).requires_grad_()
+        with attention_by(read): loss = in_batch_forward(lm, ids, mask, weights).loss
+        loss.backward()
+        found.append([loss.detach(), weights.grad * (weights > 0), *(p.grad.clone() for p in lm.parameters())])
+    worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found))
+    record.append({"heads of 64": "the shipped way against the einsum", "worst": worst})
+    say(record[-1])
+
+
+def layer_ways(chunks, length):
+    "Forward and forward with backward of one layer, by every way."
+    inputs = layer_inputs("smollm2-135m", chunks, length)
+    mask, grad, ways = torch.ones(chunks, length, dtype=torch.bool, device=DEVICE), torch.randn_like(inputs[0]), {}
+    for what, neighbours in (("all pairs", None), ("two a row", 2)):
+        weights = bench_weights(chunks, min(16, chunks), 1.0, neighbours).detach().to(DEVICE).requires_grad_()
+        pairs = list_pairs(weights.detach(), mask)
+        kernels = lambda weights=weights, pairs=pairs: triton_attention(*inputs, weights, mask, pairs=pairs)
+        stock = lambda weights=weights: cross_chunk_attention(*inputs, weights, mask)
+        for name, read in (("triton", kernels), ("sdpa", stock)):
+            ways |= {f"{name}, {what}, forward": read, f"{name}, {what}, both": lambda read=read: read().backward(grad)}
+    return ways
+
+
+def time_layers(record, sizes):
+    for chunks, length in sizes:
+        for pairs in (256, 4096):
+            attention.PAIRS = pairs
+            ways = {name: way for name, way in layer_ways(chunks, length).items() if pairs == 4096 or "sdpa" in name}
+            record.append({"chunks": chunks, "length": length, "pairs_a_call": pairs, "seconds": time_in_turns(ways, 10 if GPU else 1)})
+            say(record[-1])
+
+
+def time_tiles(record, chunks, length):
+    "Other tiles for each kernel, the others left as they are; the best is taken from here on."
+    for which, others in OTHER_TILES.items():
+        shipped, results = TILES[which], {}
+        for tiles in [shipped, *others] if GPU else [shipped]:
+            TILES[which] = tiles
+            try: results[tiles] = time_in_turns({"it": layer_ways(chunks, length)["triton, all pairs, both"]}, 10 if GPU else 1)["it"]
+            except Exception as fault: say(which, tiles, repr(fault)[:200])
+        TILES[which] = min(results, key=results.get)
+        record.append({"kernel": which, "shipped": shipped, "best": TILES[which], "seconds": {str(k): v for k, v in results.items()}})
+        say(record[-1])
+
+
+def time_steps(record, cases, deadline, layers):
+    "Whole steps, on one model; compiled ones last, since a layer stays compiled."
+    lm, plain = random_lm("smollm2-135m", layers), {}
+    for case in cases:
+        if time.time() - BEGUN > deadline: say("no time for", case); continue
+        try:
+            step, wait = training_step(case, lm), torch.cuda.synchronize if GPU else lambda: None
+            if GPU: torch.cuda.empty_cache()
+            seconds = []
+            for n in range(2 + case.repeats):
+                lm.zero_grad(set_to_none=True)
+                if GPU and n == 2: torch.cuda.reset_peak_memory_stats()
+                wait(); start = time.perf_counter()
+                step()
+                wait(); seconds.append(time.perf_counter() - start)
+            pairs = int(select_pairs(case_weights(case)).sum()) if case.method in ("sdpa", "fused", "pairs") else 0
+            row = vars(case) | {"seconds": sorted(seconds[2:])[case.repeats // 2], "first": seconds[0], "pairs": pairs, "flops": step_flops(case, pairs),
+                                "peak": torch.cuda.max_memory_allocated() if GPU else 0, "device": torch.cuda.get_device_name() if GPU else "CPU"}
+            if case.method == "plain": plain[case.chunks, case.compiled] = row
+            if GPU: row = with_ratios(row, plain.get((case.chunks, case.compiled)))
+        except Exception as fault: row = vars(case) | {"skipped": f"{type(fault).__name__}: {str(fault).splitlines()[0][:200]}"}
+        record.append(row)
+        say({k: row[k] for k in ("method", "chunks", "temperature", "compiled", "checkpointing", "seconds", "peak", "time_ratio", "utilisation", "skipped") if k in row})
+
+
+def list_cases(chunks, layers):
+    length = 160 if GPU else 8
+    one = dict(layers=layers, length=length, repeats=5 if GPU else 1, group_size=16)
+    ways = [("plain", 1.0), ("matched", 1.0), ("pairs", 1.0), ("fused", 1.0), ("sdpa", 1.0), ("fused", 1e-4)]
+    for compiled in (False, True):
+        for method, tau in ways:
+            if not (compiled and method == "sdpa"): yield BenchCase(method, chunks=chunks[0], temperature=tau, compiled=compiled, **one)
+    for n in chunks[1:]: # more groups need checkpointing
+        for method, tau in [w for w in ways if w[0] != "sdpa"]: yield BenchCase(method, chunks=n, temperature=tau, compiled=True, checkpointing=True, **(one | {"repeats": 3 if GPU else 1}))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results" / "gpu.json")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--seconds", type=float, default=170, help="no further step is begun after so many")
+    args = parser.parse_args()
+    chunks, layers = (args.chunks, None) if GPU else ([4, 8], 1)
+    names = {p: version(p) for p in ("torch", "triton", "transformers", "liger-kernel") if GPU or p not in ("triton", "liger-kernel")}
+    report = {"date": str(date.today()), "device": torch.cuda.get_device_name() if GPU else "CPU (a rehearsal)", "versions": names, "exactness": [], "golden": [], "layers": [], "tiles": [], "steps": []}
+    say(report["device"], names)
+    length = 160 if GPU else 8
+    stages = [("exactness", check_exactness), ("golden", check_golden), ("golden", check_model), ("tiles", lambda r: time_tiles(r, chunks[0], length)),
+              ("layers", lambda r: time_layers(r, [(16 if GPU else 4, length), (chunks[0], length)])), ("steps", lambda r: time_steps(r, list_cases(chunks, layers), args.seconds, layers))]
+    for name, stage in stages:
+        try: stage(report[name])
+        except Exception as fault: traceback.print_exc(limit=4); report[f"{name}_fault"] = repr(fault)[:500]
+        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__": main()
