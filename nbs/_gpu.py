@@ -171,6 +171,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results" / "gpu.json")
     parser.add_argument("--chunks", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--stages", nargs="+", default=["exactness", "golden", "tiles", "layers", "steps"], help="what to measure; the rest is kept from --out")
     parser.add_argument("--seconds", type=float, default=170, help="no further step is begun after so many")
     args = parser.parse_args()
     chunks, layers = (args.chunks, None) if GPU else ([4, 8], 1)
@@ -180,7 +181,8 @@ def main():
     length = 160 if GPU else 8
     stages = [("exactness", check_exactness), ("golden", check_golden), ("golden", check_model), ("tiles", lambda r: time_tiles(r, chunks[0], length)),
               ("layers", lambda r: time_layers(r, [(16 if GPU else 4, length), (chunks[0], length)])), ("steps", lambda r: time_steps(r, list_cases(chunks, layers), args.seconds, layers))]
-    for name, stage in stages:
+    if args.out.exists(): report |= {k: v for k, v in json.loads(args.out.read_text(encoding="utf-8")).items() if k in {n for n, _ in stages} - set(args.stages)}
+    for name, stage in [s for s in stages if s[0] in args.stages]:
         try: stage(report[name])
         except Exception as fault: traceback.print_exc(limit=4); report[f"{name}_fault"] = repr(fault)[:500]
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -126,7 +126,7 @@ def read_by_sdpa(
     out = query.new_zeros(*query.shape[:-1], D)
     for pairs in keep.nonzero().split(PAIRS):
         i, j = pairs.T
-        out = out.index_add(0, i, checkpoint(read, i, j, use_reentrant=False))
+        out = out.index_add(0, i, checkpoint(read, i, j, use_reentrant=False, preserve_rng_state=False))
     return out
 
 # %% ../nbs/04_attention.ipynb #670fbe75

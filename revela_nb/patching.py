@@ -150,16 +150,24 @@ def trained_loss(
     options = nn.LinearCrossEntropyOptions(batch_chunk_size=TOKENS.get(hidden.device.type, 512), chunking_method=None)
     return F.linear_cross_entropy(hidden, weight, targets, options=options).float()
 
+# %% ../nbs/05_patching.ipynb #05aa0004
 def reported_loss(
     hidden:Tensor, # (M, D) last hidden states at labelled positions
     weight:Tensor, # (V, D) of the head
     targets:Tensor, # (M,) next tokens
 )->Tensor: # scalar mean cross-entropy in nats, float32; 0 if M is 0
     "The same number; its gradient is computed in the backward pass from logits computed again, and not at all if nobody asks."
-    def chunk_loss(h, t): return F.cross_entropy(F.linear(h, weight).float(), t, reduction="sum")
+    if not len(targets): return hidden.sum().float()
+    by_liger = hidden.is_cuda and find_spec("liger_kernel")
+    if by_liger: from liger_kernel.transformers.functional import liger_cross_entropy as cross_entropy
+    else: cross_entropy = F.cross_entropy
+    def chunk_loss(h, t):
+        logits = F.linear(h, weight)
+        return cross_entropy(logits if by_liger else logits.float(), t, reduction="sum")
     tokens = TOKENS.get(hidden.device.type, 512)
     chunks = zip(hidden.split(tokens), targets.split(tokens))
-    return sum(checkpoint(chunk_loss, h, t, use_reentrant=False) for h, t in chunks) / max(len(targets), 1)
+    losses = (checkpoint(chunk_loss, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks)
+    return sum(losses).float() / len(targets)
 
 # %% ../nbs/05_patching.ipynb #aa6030bf
 @dataclass
@@ -250,7 +258,8 @@ def stream_losses(
     _, seen = run_streams(lm, inputs, reading, first)
     weight = bare_weight(base_lm(lm).get_output_embeddings(), seen["hidden"]) if seen["bare"] else None
     if weight is not None:
-        quiet, busy = seen["hidden"].to(weight.dtype)[both].chunk(2)
+        at = both.flatten().nonzero()[:, 0]                                            # index_select's backward adds rows, without a sort
+        quiet, busy = seen["hidden"].to(weight.dtype).flatten(0, 1).index_select(0, at).chunk(2)
         return trained_loss(busy, weight, targets), reported_loss(quiet, weight, targets) if plain else None
     whole = run_streams(lm, inputs, reading, both)[0].float().chunk(2)
     plain_loss, loss = (F.cross_entropy(x, targets, reduction="sum") / max(len(targets), 1) for x in whole)
