@@ -258,7 +258,7 @@ def stream_losses(
     _, seen = run_streams(lm, inputs, reading, first)
     weight = bare_weight(base_lm(lm).get_output_embeddings(), seen["hidden"]) if seen["bare"] else None
     if weight is not None:
-        at = both.flatten().nonzero()[:, 0]                                            # index_select's backward adds rows, without a sort
+        at = both.flatten().nonzero()[:, 0]                                           # backward of index_select needs no sort
         quiet, busy = seen["hidden"].to(weight.dtype).flatten(0, 1).index_select(0, at).chunk(2)
         return trained_loss(busy, weight, targets), reported_loss(quiet, weight, targets) if plain else None
     whole = run_streams(lm, inputs, reading, both)[0].float().chunk(2)
