@@ -1,4 +1,4 @@
-"""No network in tests, quiet libraries, and the optional folder of shared data."""
+"""No network in tests, quiet libraries, Triton's interpreter where there is no GPU, and the optional folder of shared data."""
 import os
 from pathlib import Path
 
@@ -7,6 +7,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")    # before any test imports triton: it looks when a kernel is defined
 
 
 @pytest.fixture
