@@ -108,7 +108,7 @@ def select_pairs(
     return ~(weights.detach().abs() <= min_weight)                                     # NaN is kept, so that it shows in the loss
 
 # %% ../nbs/04_attention.ipynb #a6fdb666
-PAIRS = 256 # pairs in one call of the kernel
+PAIRS = 1024 # pairs in one call of the kernel
 
 def read_by_sdpa(
     query:Tensor, # (N, Hkv, Q, D+1) folded queries
