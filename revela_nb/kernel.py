@@ -199,7 +199,13 @@ def backward_keys(
 def run_backward(
     grad:Tensor, # (B, H, L, D) gradient of the output
     lse:Tensor, # (P, H, L) of `run_forward`
-    query:Tensor, key:Tensor, bias:Tensor, value:Tensor, weights:Tensor, pairs:Pairs, scaling:float, # as there
+    query:Tensor, # (B, H, L, D)
+    key:Tensor, # (B, HKV, L, D)
+    bias:Tensor, # (B, HKV, L) float32
+    value:Tensor, # (B, HKV, L, D) directions
+    weights:Tensor, # (P,) float32, of `pairs`
+    pairs:Pairs, # which chunk reads which
+    scaling:float, # factor on the scores
 )->tuple: # gradients of query, key, bias, value; delta (P, H, L), whose sum over heads and tokens is that of weights
     "What `run_forward` read, backward."
     (B, H, L, D), HKV = query.shape, key.shape[1]
