@@ -44,7 +44,7 @@ def list_pairs(
 
 # %% ../nbs/04b_kernel.ipynb #4b000012
 jit, constexpr = (triton.jit, tl.constexpr) if triton else (lambda function: function, int)
-# In all kernels: B chunks of L tokens, H query heads and HKV key heads of D numbers; M tokens that read, N tokens that are read, a tile
+# In all kernels: B chunks of L tokens, H query heads and HKV key heads of D numbers; M tokens that read, N that are read, a tile
 
 @jit
 def load_rows(
@@ -55,7 +55,7 @@ def load_rows(
 
 @jit
 def score_tile(
-    q, K, Bias, l, scaling, L, D:constexpr, PRECISION:constexpr, # queries (M, D); addresses of keys (L, D) and bias (L,); which keys
+    q, K, Bias, l, scaling, L, D:constexpr, PRECISION:constexpr, # queries (M, D); addresses of keys (L, D), bias (L,); which keys
 )->"blocks": # (M, N) scores times log2(e), -inf beyond L; the keys (N, D)
     "Scores of a tile of keys, to be raised as powers of two."
     k = load_rows(K, l, L, D)
@@ -176,9 +176,9 @@ def backward_keys(
     scaling, H, HKV, L, D:constexpr, M:constexpr, N:constexpr, PRECISION:constexpr, # as above
 ):
     "Gradients of N keys, directions and biases of one head of one chunk that is read."
-    at, l, d = tl.program_id(1).to(tl.int64), tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, D)[None, :]
-    k, u, dbias = load_rows(K + at * L * D, l, L, D), load_rows(U + at * L * D, l, L, D), tl.zeros([N], tl.float32)
-    bias, dk, du = tl.load(Bias + at * L + l, mask=l < L, other=-float("inf")), tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
+    at, l, dbias = tl.program_id(1).to(tl.int64), tl.program_id(0) * N + tl.arange(0, N), tl.zeros([N], tl.float32)
+    k, bias = load_rows(K + at * L * D, l, L, D), tl.load(Bias + at * L + l, mask=l < L, other=-float("inf"))
+    u, du, dk = load_rows(U + at * L * D, l, L, D), tl.zeros([N, D], tl.float32), tl.zeros([N, D], tl.float32)
     for n in range(tl.load(FirstRead + at // HKV), tl.load(FirstRead + at // HKV + 1)):
         p = tl.load(ByRead + n)
         i, w = tl.load(Reader + p), tl.load(W + p)
@@ -191,8 +191,8 @@ def backward_keys(
                 du += tl.dot(a.to(g.dtype), g, input_precision=PRECISION)
                 dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
                 dbias += tl.sum(ds, 1)
-    tl.store(DK + (at * L + l)[:, None] * D + d, dk * scaling, mask=l[:, None] < L)
-    tl.store(DU + (at * L + l)[:, None] * D + d, du, mask=l[:, None] < L)
+    tl.store(DK + (at * L + l)[:, None] * D + tl.arange(0, D)[None, :], dk * scaling, mask=l[:, None] < L)
+    tl.store(DU + (at * L + l)[:, None] * D + tl.arange(0, D)[None, :], du, mask=l[:, None] < L)
     tl.store(DBias + at * L + l, dbias, mask=l < L)
 
 # %% ../nbs/04b_kernel.ipynb #4b000052
@@ -222,13 +222,7 @@ class ReadByTriton(torch.autograd.Function):
     "Reading by the three kernels; keeps its inputs and one number for each token, head and pair."
     @staticmethod
     def forward(ctx,
-        query:Tensor, # (B, H, L, D)
-        key:Tensor, # (B, HKV, L, D)
-        bias:Tensor, # (B, HKV, L) float32
-        value:Tensor, # (B, HKV, L, D) directions
-        weights:Tensor, # (P,) float32, of `pairs`
-        pairs:Pairs, # which chunk reads which
-        scaling:float, # factor on the scores
+        query:Tensor, key:Tensor, bias:Tensor, value:Tensor, weights:Tensor, pairs:Pairs, scaling:float, # of `run_forward`
     )->Tensor: # (B, H, L, D)
         "Sum over j of w_ij c_ijt."
         given, ctx.rest = tuple(x.contiguous() for x in (query, key, bias, value, weights)), (pairs, scaling)

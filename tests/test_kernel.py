@@ -1,4 +1,7 @@
 """Random shapes, masks and weights: the Triton kernels equal the authors' einsum, forward and backward; in Triton's interpreter where there is no GPU (conftest.py)."""
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,6 +40,11 @@ def worst(ours, exact):
 def test_without_a_gpu_the_interpreter_runs():
     "Another test may have imported triton first: conftest.py comes before all of them."
     assert (type(kernel.read_forward).__name__ == "InterpretedFunction") == (DEVICE == "cpu")
+
+
+def test_without_triton_the_module_loads():
+    code = "import sys; sys.modules['triton'] = None; from revela_nb import kernel; assert kernel.triton is None and callable(kernel.read_forward)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @settings(max_examples=12, deadline=None)
