@@ -131,6 +131,14 @@ def time_tiles(record, chunks, length):
         say(record[-1])
 
 
+def busiest(step, most=30):
+    "The kernels that take most of one step: (name, milliseconds, calls); and the GPU's busy milliseconds in all."
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as seen: step(); torch.cuda.synchronize()
+    rows = sorted(((e.key[:90], e.self_device_time_total / 1e3, e.count) for e in seen.key_averages()), key=lambda r: -r[1])
+    return {"kernels": [(name, round(ms, 3), n) for name, ms, n in rows[:most]], "busy_ms": round(sum(ms for _, ms, _ in rows), 2)}
+
+
 def time_steps(record, cases, deadline, layers):
     "Whole steps, on one model; compiled ones last, since a layer stays compiled."
     lm, plain = random_lm("smollm2-135m", layers), {}
@@ -151,6 +159,7 @@ def time_steps(record, cases, deadline, layers):
                                 "peak": torch.cuda.max_memory_allocated() if GPU else 0, "device": torch.cuda.get_device_name() if GPU else "CPU"}
             if case.method == "plain": plain[case.chunks, case.compiled] = row
             if GPU: row = with_ratios(row, plain.get((case.chunks, case.compiled)))
+            if GPU and case.compiled and not case.checkpointing and (case.method, case.temperature) != ("fused", 1e-4): row |= busiest(step)
         except Exception as fault: row = vars(case) | {"skipped": f"{type(fault).__name__}: {str(fault).splitlines()[0][:200]}"}
         record.append(row)
         say({k: row[k] for k in ("method", "chunks", "temperature", "compiled", "checkpointing", "seconds", "peak", "time_ratio", "utilisation", "skipped") if k in row})

@@ -90,7 +90,7 @@ def read_forward(
     tl.store(Out + (at * L + t)[:, None] * D + tl.arange(0, D)[None, :], out, mask=t[:, None] < L)
 
 # %% ../nbs/04b_kernel.ipynb #4b000020
-TILES = {"forward": (64, 32, 4, 2), "queries": (64, 32, 4, 2), "keys": (32, 64, 4, 3)} # tokens M, keys N, warps, stages of loads ahead
+TILES = {"forward": (64, 32, 4, 2), "queries": (64, 32, 4, 3), "keys": (32, 64, 4, 2)} # tokens M, keys N, warps, stages of loads ahead
 
 def launch(
     kernel:Callable, # one of the three
@@ -103,7 +103,8 @@ def launch(
     "Run a kernel on these tensors."
     M, N, warps, stages = tiles
     precision = "ieee" if tensors[0].dtype == torch.float32 else "tf32"
-    kernel[grid](*tensors, *sizes, D=dim, M=M, N=N, PRECISION=precision, num_warps=warps, num_stages=stages)
+    options = dict(D=dim, M=M, N=N, PRECISION=precision, num_warps=warps, num_stages=stages)
+    with torch.cuda.device_of(tensors[0]): kernel[grid](*tensors, *sizes, **options)
 
 # %% ../nbs/04b_kernel.ipynb #4b000044
 def run_forward(
@@ -259,7 +260,8 @@ def triton_attention(
     bias = torch.where(key_mask[:, None], length.log(), PADDING_SCORE)
     directions = (value / length[..., None]).to(dtype)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return ReadByTriton.apply(query, key, bias, directions, pairs.weights.float(), pairs, scaling) * scale
+    out = ReadByTriton.apply(query, key, bias, directions, pairs.weights.float(), pairs, scaling)
+    return out * scale if value_norm == "rescaled" else out
 
 # %% ../nbs/04b_kernel.ipynb #4b000026
 HEAD_SIZES = (16, 32, 64, 128) # powers of two, and small enough for registers
