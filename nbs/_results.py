@@ -13,16 +13,20 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from datasets import Dataset
+from tqdm import tqdm
 from transformers import set_seed
 
 from revela_nb.baselines import Contrastive, Replug, SimCSE, counting_reads
-from revela_nb.batching import make_groups
+from revela_nb.batching import GROUP_FEATURES, make_groups
 from revela_nb.compare import fuse_ranks
 from revela_nb.corpus import chunk_corpus
 from revela_nb.reading import load_corpus
 from revela_nb.demo import CHUNK_WORDS, MAX_LENGTH, TRAIN_LENGTH, backbone_folder, demo_model, docstring_task, function_documents, sample_documents, train_demo, versions
 from revela_nb.evaluation import bm25_run, dense_run, load_beir, score_queries
+from revela_nb.grouping import EMBEDDING, group_by
 from revela_nb.model import Revela
 from revela_nb.retriever import Retriever
 
@@ -36,6 +40,7 @@ ABLATIONS = {
     "frozen LM": dict(freeze_lm=True), "strategy random": dict(strategy="random"), "strategy bm25": dict(strategy="bm25"), "strategy document": dict(run_length=16),
     "groups of 4": dict(group_size=4, groups_a_step=4), "chunks of 40 words": dict(max_words=40, max_length=112, fewer_steps=2), "temperature 1": dict(temperature=1.0),
     "groups of 32": dict(group_size=32, fewer_steps=2), "chunks of 10 words": dict(max_words=10, max_length=28, groups_a_step=2),
+    "strategy cluster": dict(strategy="cluster"), "strategy remine": dict(strategy="remine"),
 }
 POOL = 20_000 # chunks from which the groups of one seed are made
 REFERENCES = ("untrained", "untrained_eos", "bm25") # nothing to train, so one seed
@@ -72,25 +77,61 @@ def measure(runs, found, sizes):
     return {"tasks": out, "versions": versions()}
 
 
-def groups_of(documents, seed, max_words=CHUNK_WORDS, strategy="document", group_size=16, run_length=2):
+def embedded_groups(chunks, strategy, retriever, seed, group_size, facts):
+    "Groups by a retriever's vectors of all chunks; what they took goes into `facts`."
+    start, texts = time.time(), chunks["text"][:]
+    documents = np.unique(chunks["doc_id"][:], return_inverse=True)[1]
+    with counting_reads(retriever.encoder) as read: vectors = retriever.encode_passages(texts, progress=False).numpy()
+    with tqdm(disable=True) as bar: made = group_by(strategy, documents, group_size, 0, seed, None, lambda: vectors, bar)
+    off = ~np.eye(group_size, dtype=bool)
+    same = lambda of: round(float(np.mean([(of[g][:, None] == of[g])[off].mean() for g in made])), 4)
+    facts |= {"grouping_seconds": round(time.time() - start, 1), "grouping_rows": read["rows"], "grouping_tokens": read["tokens"],
+              "own_document": same(documents), "copies": same(np.unique(texts, return_inverse=True)[1])}
+    ids = chunks["_id"][:]
+    return Dataset.from_dict({"ids": [[ids[i] for i in g] for g in made], "texts": [[texts[i] for i in g] for g in made]}, features=GROUP_FEATURES)
+
+
+def groups_of(documents, seed, max_words=CHUNK_WORDS, strategy="document", group_size=16, run_length=2, retriever=None, facts=None):
     "The demo's groups, or others of the same documents."
     chunks = chunk_corpus(documents, max_words=max_words)
     chunks = chunks.select(range(min(POOL * CHUNK_WORDS // max_words, len(chunks))))
+    if strategy in EMBEDDING: return embedded_groups(chunks, strategy, retriever, seed, group_size, facts)
     return make_groups(chunks, group_size=group_size, strategy=strategy, seed=seed, run_length=run_length)
 
 
-def train(kind, documents, seed, steps, bf16, temperature=0.02, value_norm="rescaled", freeze_lm=False, max_length=TRAIN_LENGTH, groups_a_step=1, fewer_steps=1, **grouping):
+class Regrouped(torch.utils.data.Dataset):
+    """Groups that are made anew once, when the first `fetches` have been handed out. The trainer fetches one step ahead, so steps 1 to
+    `fetches` read the old groups, all later ones the new, and the retriever that makes these has done `fetches` - 1 steps."""
+    def __init__(self, groups, fetches, regroup): self.groups, self.left, self.regroup = groups, fetches, regroup
+    def __len__(self): return len(self.groups)
+    def __getitem__(self, n):
+        if self.left == 0:
+            new = self.regroup()
+            assert len(new) >= len(self.groups), "the order of the groups was drawn for the old ones"
+            self.groups = new
+        self.left -= 1
+        return self.groups[n]
+
+
+def train(kind, documents, seed, steps, bf16, temperature=0.02, value_norm="rescaled", freeze_lm=False, max_length=TRAIN_LENGTH, groups_a_step=1, fewer_steps=1, strategy="document", **grouping):
     "A trained retriever, and what its training read and took."
-    groups = groups_of(documents, seed, **grouping)
     set_seed(seed)
-    model = demo_model(backbone_folder(), kind)
+    model, facts, steps = demo_model(backbone_folder(), kind), {}, steps // fewer_steps
     model.temperature, model.value_norm = temperature, value_norm
     if freeze_lm: model.lm.requires_grad_(False)
+    def make(strategy):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return groups_of(documents, seed, strategy=strategy, retriever=model.retriever, facts=facts, **grouping)
+    # cluster asks the untrained retriever; remine begins with the demo's groups and asks its own retriever half way
+    groups = Regrouped(make("document"), steps // 2, lambda: make("remine")) if strategy == "remine" else make(strategy)
+    set_seed(seed) # whatever the grouping drew
     start = time.time()
     with tempfile.TemporaryDirectory() as folder, counting_reads(model.lm) as lm, counting_reads(model.retriever.encoder) as embedded:
-        history = train_demo(model, groups, steps // fewer_steps, seed, folder, max_length, bf16=bf16, per_device_train_batch_size=groups_a_step)
-    return model.retriever, {"train_seconds": round(time.time() - start, 1), "lm_rows": lm["rows"], "lm_tokens": lm["tokens"], "retriever_rows": embedded["rows"],
-                             "retriever_tokens": embedded["tokens"], "temperature": temperature, "log": [{k: r[k] for k in ("step", "loss", "gain")} for r in history]}
+        history = train_demo(model, groups, steps, seed, folder, max_length, bf16=bf16, per_device_train_batch_size=groups_a_step)
+    if strategy == "remine": # what was read between two steps is told apart
+        for unit in ("rows", "tokens"): embedded[unit] -= facts[f"grouping_{unit}"]
+    return model.retriever, facts | {"train_seconds": round(time.time() - start, 1), "lm_rows": lm["rows"], "lm_tokens": lm["tokens"], "retriever_rows": embedded["rows"],
+                                     "retriever_tokens": embedded["tokens"], "temperature": temperature, "log": [{k: r[k] for k in ("step", "loss", "gain")} for r in history]}
 
 
 def store(records, out):
