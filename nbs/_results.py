@@ -5,6 +5,7 @@ usage: python nbs/_results.py [--ablations] [--bf16] [--steps 150] [--seeds 0 1 
 Each finished (method, seed) goes into nbs/results/results.json (ablations.json) at once; a second call does only what is missing. Records of other settings are refused."""
 import argparse
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -40,7 +41,7 @@ ABLATIONS = {
     "frozen LM": dict(freeze_lm=True), "strategy random": dict(strategy="random"), "strategy bm25": dict(strategy="bm25"), "strategy document": dict(run_length=16),
     "groups of 4": dict(group_size=4, groups_a_step=4), "chunks of 40 words": dict(max_words=40, max_length=112, fewer_steps=2), "temperature 1": dict(temperature=1.0),
     "groups of 32": dict(group_size=32, fewer_steps=2), "chunks of 10 words": dict(max_words=10, max_length=28, groups_a_step=2),
-    "strategy cluster": dict(strategy="cluster"), "strategy remine": dict(strategy="remine"),
+    "strategy cluster": dict(strategy="cluster"), "strategy remine": dict(strategy="remine"), "strategy demo": dict(), # the demo's own, as a control on the same documents
 }
 POOL = 20_000 # chunks from which the groups of one seed are made
 REFERENCES = ("untrained", "untrained_eos", "bm25") # nothing to train, so one seed
@@ -75,6 +76,11 @@ def measure(runs, found, sizes):
         out[name] = mean | {"queries": len(queries), "documents": len(corpus), "of_documents": sizes[name], "per_query": [round(scores[q]["ndcg@10"], 4) for q in qrels]}
         log.info("  %s nDCG@10 %.4f (%d queries, %d of %d documents)", name, mean["ndcg@10"], len(queries), len(corpus), sizes[name])
     return {"tasks": out, "versions": versions()}
+
+
+def fingerprint(documents):
+    "Of all texts: `python:packages` is what is installed, so two environments train on different documents."
+    return hashlib.sha256(json.dumps(documents["text"][:]).encode()).hexdigest()[:12]
 
 
 def embedded_groups(chunks, strategy, retriever, seed, group_size, facts):
@@ -130,7 +136,7 @@ def train(kind, documents, seed, steps, bf16, temperature=0.02, value_norm="resc
         history = train_demo(model, groups, steps, seed, folder, max_length, bf16=bf16, per_device_train_batch_size=groups_a_step)
     if strategy == "remine": # what was read between two steps is told apart
         for unit in ("rows", "tokens"): embedded[unit] -= facts[f"grouping_{unit}"]
-    return model.retriever, facts | {"train_seconds": round(time.time() - start, 1), "lm_rows": lm["rows"], "lm_tokens": lm["tokens"], "retriever_rows": embedded["rows"],
+    return model.retriever, facts | {"trained_on": fingerprint(documents), "train_seconds": round(time.time() - start, 1), "lm_rows": lm["rows"], "lm_tokens": lm["tokens"], "retriever_rows": embedded["rows"],
                                      "retriever_tokens": embedded["tokens"], "temperature": temperature, "log": [{k: r[k] for k in ("step", "loss", "gain")} for r in history]}
 
 
