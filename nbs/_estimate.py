@@ -3,10 +3,12 @@
 usage: python nbs/_estimate.py [--cases ...] [--steps 3] [--out nbs/results/estimate.json]
 
 Every case runs in a process of its own, on the GPU where there is one; the first step is not timed. The device's rate is measured by the plan before the run, and again after every step,
-since other work may slow the machine down meanwhile. Peak memory is what comes on top of the imports. A second call measures its cases anew."""
+since other work may slow the machine down meanwhile. Peak memory is what comes on top of the imports: once as it is, once with MALLOC_MMAP_THRESHOLD_ set, so that glibc gives
+freed tensors back to the system at once (two steps are enough for that). A second call measures what is missing."""
 import argparse
 import datetime
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -100,11 +102,17 @@ def main():
     args = parser.parse_args()
     if args.one: return print(json.dumps(measure_case(args.steps, **CASES[args.one])))
     records = {r["case"]: r for r in json.loads(args.out.read_text(encoding="utf-8"))} if args.out.exists() else {}
-    for case in args.cases:
-        done = subprocess.run([sys.executable, __file__, "--one", case, "--steps", str(args.steps)], capture_output=True, text=True)
+    def measure(case, steps, **env):
+        command = [sys.executable, __file__, "--one", case, "--steps", str(steps)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | env)
         if done.returncode: raise SystemExit(f"{case}: {done.stderr}")
-        records[case] = r = {"case": case} | json.loads(done.stdout.strip().splitlines()[-1])
-        print(f"{case:57} planned {r['planned_seconds']:7.2f} s ({r['seconds_at_rate_in_run']:.2f} at the rate during the run), took {r['seconds']:7.2f} s   planned {r['planned_bytes'] / 1e9:5.2f} GB, took {r['bytes'] / 1e9:5.2f} GB", flush=True)
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    for case in args.cases:
+        r = records.setdefault(case, {"case": case})
+        if "seconds" not in r: r |= measure(case, args.steps)
+        if "returned_bytes" not in r: r["returned_bytes"] = measure(case, 2, MALLOC_MMAP_THRESHOLD_="262144")["bytes"]
+        print(f"{case:57} planned {r['planned_seconds']:6.2f} s, took {r['seconds']:6.2f} s   planned {r['planned_bytes'] / 1e9:5.2f} GB, took {r['bytes'] / 1e9:5.2f} GB, "
+              f"{r['returned_bytes'] / 1e9:5.2f} GB if freed memory is returned", flush=True)
         args.out.write_text("[\n" + ",\n".join(json.dumps(records[c]) for c in CASES if c in records) + "\n]\n", encoding="utf-8")
 
 

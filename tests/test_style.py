@@ -39,7 +39,6 @@ SHORT = {
     "13_export": ONE_IDEA,
     "14_bench": ONE_IDEA,
     "15_serve": ONE_IDEA,
-    "17_launch": ONE_IDEA,
     "18c_asking": ONE_IDEA,
     "18d_options": ONE_IDEA,
     "20_quick_run": RECORD,
