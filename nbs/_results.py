@@ -1,9 +1,10 @@
 """Train and measure every method on the same groups, for 21_results; or Revela with one thing changed at a time, for the ablations there and 22_strategies.
 
-usage: python nbs/_results.py [--ablations] [--bf16] [--steps 150] [--seeds 0 1 2] [--methods ...] [--data ../shared/data]
+usage: python nbs/_results.py [--ablations] [--bf16] [--steps 150] [--seeds 0 1 2] [--methods ...] [--data ../shared/data] [--out FILE]
 
 Each finished (method, seed) goes into nbs/results/results.json (ablations.json) at once; a second call does only what is missing. Records of other settings are refused."""
 import argparse
+import datetime
 import functools
 import hashlib
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -76,6 +77,15 @@ def measure(runs, found, sizes):
         out[name] = mean | {"queries": len(queries), "documents": len(corpus), "of_documents": sizes[name], "per_query": [round(scores[q]["ndcg@10"], 4) for q in qrels]}
         log.info("  %s nDCG@10 %.4f (%d queries, %d of %d documents)", name, mean["ndcg@10"], len(queries), len(corpus), sizes[name])
     return {"tasks": out, "versions": versions()}
+
+
+def training_documents(seed, queries, folder=None):
+    "Functions of the installed packages; kept in a folder and read from there if one is given, for an environment may change between two runs."
+    path = folder and folder / f"documents_{seed}"
+    if path and path.exists(): return load_from_disk(path)
+    documents = function_documents(sample_documents(load_corpus("python:packages"), queries, seed=seed))
+    if path: documents.save_to_disk(path)
+    return documents
 
 
 def fingerprint(documents):
@@ -155,6 +165,7 @@ def parse():
     parser.add_argument("--methods", nargs="+", help="only these: " + ", ".join([*REFERENCES, *METHODS]) + "; with --ablations: " + ", ".join(ABLATIONS))
     parser.add_argument("--bf16", action="store_true", help="train and encode in bf16 (fast on processors with AMX and on GPUs, very slow on others)")
     parser.add_argument("--data", default=NBS.parent.parent / "shared" / "data", help="holds cosqa, scifact, squad in BEIR's layout")
+    parser.add_argument("--documents", type=Path, help="keep what is trained on in this folder, and read it from there the next time")
     parser.add_argument("--out", type=Path, help="for rehearsals; by default nbs/results/results.json or ablations.json")
     args = parser.parse_args()
     known = [*ABLATIONS] if args.ablations else [*REFERENCES, *METHODS]
@@ -172,12 +183,12 @@ def main():
         if {k: r.get(k) for k in wanted} != wanted or r["steps"] not in (0, args.steps): raise SystemExit(f"{args.out} holds runs of other settings ({r['method']}: {r['steps']} steps, {[r.get(k) for k in wanted]}): move it away")
     done = {(r["method"], r["seed"]) for r in records}
     found, sizes = tasks(args.data)
-    documents_of = functools.cache(lambda seed: function_documents(sample_documents(load_corpus("python:packages"), found["docstring"][1], seed=seed))) # the same for every method
+    documents_of = functools.cache(lambda seed: training_documents(seed, found["docstring"][1], args.documents)) # the same for every method
     # seed by seed, so that an interrupted run has all methods of the first seeds
     for seed, method in [(s, m) for s in args.seeds for m in args.methods]:
         if (method, seed) in done or (method in REFERENCES and seed != args.seeds[0]): continue
         log.info("%s, seed %d", method, seed)
-        facts = {"method": method, "seed": seed, "steps": 0 if method in REFERENCES else args.steps, "threads": torch.get_num_threads()} | wanted
+        facts = {"method": method, "seed": seed, "steps": 0 if method in REFERENCES else args.steps, "threads": torch.get_num_threads(), "date": str(datetime.date.today())} | wanted
         if method == "bm25": run_of = bm25_run
         else:
             kind, changes = (Revela, ABLATIONS[method]) if method in ABLATIONS else (METHODS[method][0], {"temperature": METHODS[method][1]}) if method in METHODS else (None, {})
