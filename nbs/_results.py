@@ -1,10 +1,12 @@
 """Train and measure every method on the same groups, for 21_results; or Revela with one thing changed at a time, for the ablations there and 22_strategies.
 
-usage: python nbs/_results.py [--ablations] [--bf16] [--steps 150] [--seeds 0 1 2] [--methods ...] [--data ../shared/data]
+usage: python nbs/_results.py [--ablations] [--bf16] [--steps 150] [--seeds 0 1 2] [--methods ...] [--data ../shared/data] [--out FILE]
 
 Each finished (method, seed) goes into nbs/results/results.json (ablations.json) at once; a second call does only what is missing. Records of other settings are refused."""
 import argparse
+import datetime
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -13,17 +15,21 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from datasets import Dataset, load_from_disk
+from tqdm import tqdm
 from transformers import set_seed
 
 from revela_nb.baselines import Contrastive, Replug, SimCSE, counting_reads
-from revela_nb.batching import make_groups
+from revela_nb.batching import GROUP_FEATURES, make_groups
 from revela_nb.compare import fuse_ranks
 from revela_nb.corpus import chunk_corpus
 from revela_nb.reading import load_corpus
 from revela_nb.demo import CHUNK_WORDS, MAX_LENGTH, TRAIN_LENGTH, backbone_folder, demo_model, docstring_task, function_documents, sample_documents, train_demo, versions
 from revela_nb.bm25 import bm25_run
 from revela_nb.evaluation import dense_run, load_beir, score_queries
+from revela_nb.grouping import EMBEDDING, group_by
 from revela_nb.model import Revela
 from revela_nb.retriever import Retriever
 
@@ -37,6 +43,7 @@ ABLATIONS = {
     "frozen LM": dict(freeze_lm=True), "strategy random": dict(strategy="random"), "strategy bm25": dict(strategy="bm25"), "strategy document": dict(run_length=16),
     "groups of 4": dict(group_size=4, groups_a_step=4), "chunks of 40 words": dict(max_words=40, max_length=112, fewer_steps=2), "temperature 1": dict(temperature=1.0),
     "groups of 32": dict(group_size=32, fewer_steps=2), "chunks of 10 words": dict(max_words=10, max_length=28, groups_a_step=2),
+    "strategy cluster": dict(strategy="cluster"), "strategy remine": dict(strategy="remine"), "strategy demo": dict(), # the demo's own, as a control on the same documents
 }
 POOL = 20_000 # chunks from which the groups of one seed are made
 REFERENCES = ("untrained", "untrained_eos", "bm25") # nothing to train, so one seed
@@ -73,25 +80,75 @@ def measure(runs, found, sizes):
     return {"tasks": out, "versions": versions()}
 
 
-def groups_of(documents, seed, max_words=CHUNK_WORDS, strategy="document", group_size=16, run_length=2):
+def training_documents(seed, queries, folder=None):
+    "Functions of the installed packages; kept in a folder and read from there if one is given, for an environment may change between two runs."
+    path = folder and folder / f"documents_{seed}"
+    if path and path.exists(): return load_from_disk(path)
+    documents = function_documents(sample_documents(load_corpus("python:packages"), queries, seed=seed))
+    if path: documents.save_to_disk(path)
+    return documents
+
+
+def fingerprint(documents):
+    "Of all texts: `python:packages` is what is installed, so two environments train on different documents."
+    return hashlib.sha256(json.dumps(documents["text"][:]).encode()).hexdigest()[:12]
+
+
+def embedded_groups(chunks, strategy, retriever, seed, group_size, facts):
+    "Groups by a retriever's vectors of all chunks; what they took goes into `facts`."
+    start, texts = time.time(), chunks["text"][:]
+    documents = np.unique(chunks["doc_id"][:], return_inverse=True)[1]
+    with counting_reads(retriever.encoder) as read: vectors = retriever.encode_passages(texts, progress=False).numpy()
+    with tqdm(disable=True) as bar: made = group_by(strategy, documents, group_size, 0, seed, None, lambda: vectors, bar)
+    off = ~np.eye(group_size, dtype=bool)
+    same = lambda of: round(float(np.mean([(of[g][:, None] == of[g])[off].mean() for g in made])), 4)
+    facts |= {"grouping_seconds": round(time.time() - start, 1), "grouping_rows": read["rows"], "grouping_tokens": read["tokens"],
+              "own_document": same(documents), "copies": same(np.unique(texts, return_inverse=True)[1])}
+    ids = chunks["_id"][:]
+    return Dataset.from_dict({"ids": [[ids[i] for i in g] for g in made], "texts": [[texts[i] for i in g] for g in made]}, features=GROUP_FEATURES)
+
+
+def groups_of(documents, seed, max_words=CHUNK_WORDS, strategy="document", group_size=16, run_length=2, retriever=None, facts=None):
     "The demo's groups, or others of the same documents."
     chunks = chunk_corpus(documents, max_words=max_words)
     chunks = chunks.select(range(min(POOL * CHUNK_WORDS // max_words, len(chunks))))
+    if strategy in EMBEDDING: return embedded_groups(chunks, strategy, retriever, seed, group_size, facts)
     return make_groups(chunks, group_size=group_size, strategy=strategy, seed=seed, run_length=run_length)
 
 
-def train(kind, documents, seed, steps, bf16, temperature=0.02, value_norm="rescaled", freeze_lm=False, max_length=TRAIN_LENGTH, groups_a_step=1, fewer_steps=1, **grouping):
+class Regrouped(torch.utils.data.Dataset):
+    """Groups that are made anew once, when the first `fetches` have been handed out. The trainer fetches one step ahead, so steps 1 to
+    `fetches` read the old groups, all later ones the new, and the retriever that makes these has done `fetches` - 1 steps."""
+    def __init__(self, groups, fetches, regroup): self.groups, self.left, self.regroup = groups, fetches, regroup
+    def __len__(self): return len(self.groups)
+    def __getitem__(self, n):
+        if self.left == 0:
+            new = self.regroup()
+            assert len(new) >= len(self.groups), "the order of the groups was drawn for the old ones"
+            self.groups = new
+        self.left -= 1
+        return self.groups[n]
+
+
+def train(kind, documents, seed, steps, bf16, temperature=0.02, value_norm="rescaled", freeze_lm=False, max_length=TRAIN_LENGTH, groups_a_step=1, fewer_steps=1, strategy="document", **grouping):
     "A trained retriever, and what its training read and took."
-    groups = groups_of(documents, seed, **grouping)
     set_seed(seed)
-    model = demo_model(backbone_folder(), kind)
+    model, facts, steps = demo_model(backbone_folder(), kind), {}, steps // fewer_steps
     model.temperature, model.value_norm = temperature, value_norm
     if freeze_lm: model.lm.requires_grad_(False)
+    def make(strategy):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return groups_of(documents, seed, strategy=strategy, retriever=model.retriever, facts=facts, **grouping)
+    # cluster asks the untrained retriever; remine begins with the demo's groups and asks its own retriever half way
+    groups = Regrouped(make("document"), steps // 2, lambda: make("remine")) if strategy == "remine" else make(strategy)
+    set_seed(seed) # whatever the grouping drew
     start = time.time()
     with tempfile.TemporaryDirectory() as folder, counting_reads(model.lm) as lm, counting_reads(model.retriever.encoder) as embedded:
-        history = train_demo(model, groups, steps // fewer_steps, seed, folder, max_length, bf16=bf16, per_device_train_batch_size=groups_a_step)
-    return model.retriever, {"train_seconds": round(time.time() - start, 1), "lm_rows": lm["rows"], "lm_tokens": lm["tokens"], "retriever_rows": embedded["rows"],
-                             "retriever_tokens": embedded["tokens"], "temperature": temperature, "log": [{k: r[k] for k in ("step", "loss", "gain")} for r in history]}
+        history = train_demo(model, groups, steps, seed, folder, max_length, bf16=bf16, per_device_train_batch_size=groups_a_step)
+    if strategy == "remine": # what was read between two steps is told apart
+        for unit in ("rows", "tokens"): embedded[unit] -= facts[f"grouping_{unit}"]
+    return model.retriever, facts | {"trained_on": fingerprint(documents), "train_seconds": round(time.time() - start, 1), "lm_rows": lm["rows"], "lm_tokens": lm["tokens"], "retriever_rows": embedded["rows"],
+                                     "retriever_tokens": embedded["tokens"], "temperature": temperature, "log": [{k: r[k] for k in ("step", "loss", "gain")} for r in history]}
 
 
 def store(records, out):
@@ -109,6 +166,7 @@ def parse():
     parser.add_argument("--methods", nargs="+", help="only these: " + ", ".join([*REFERENCES, *METHODS]) + "; with --ablations: " + ", ".join(ABLATIONS))
     parser.add_argument("--bf16", action="store_true", help="train and encode in bf16 (fast on processors with AMX and on GPUs, very slow on others)")
     parser.add_argument("--data", default=NBS.parent.parent / "shared" / "data", help="holds cosqa, scifact, squad in BEIR's layout")
+    parser.add_argument("--documents", type=Path, help="keep what is trained on in this folder, and read it from there the next time")
     parser.add_argument("--out", type=Path, help="for rehearsals; by default nbs/results/results.json or ablations.json")
     args = parser.parse_args()
     known = [*ABLATIONS] if args.ablations else [*REFERENCES, *METHODS]
@@ -126,12 +184,12 @@ def main():
         if {k: r.get(k) for k in wanted} != wanted or r["steps"] not in (0, args.steps): raise SystemExit(f"{args.out} holds runs of other settings ({r['method']}: {r['steps']} steps, {[r.get(k) for k in wanted]}): move it away")
     done = {(r["method"], r["seed"]) for r in records}
     found, sizes = tasks(args.data)
-    documents_of = functools.cache(lambda seed: function_documents(sample_documents(load_corpus("python:packages"), found["docstring"][1], seed=seed))) # the same for every method
+    documents_of = functools.cache(lambda seed: training_documents(seed, found["docstring"][1], args.documents)) # the same for every method
     # seed by seed, so that an interrupted run has all methods of the first seeds
     for seed, method in [(s, m) for s in args.seeds for m in args.methods]:
         if (method, seed) in done or (method in REFERENCES and seed != args.seeds[0]): continue
         log.info("%s, seed %d", method, seed)
-        facts = {"method": method, "seed": seed, "steps": 0 if method in REFERENCES else args.steps, "threads": torch.get_num_threads()} | wanted
+        facts = {"method": method, "seed": seed, "steps": 0 if method in REFERENCES else args.steps, "threads": torch.get_num_threads(), "date": str(datetime.date.today())} | wanted
         if method == "bm25": run_of = bm25_run
         else:
             kind, changes = (Revela, ABLATIONS[method]) if method in ABLATIONS else (METHODS[method][0], {"temperature": METHODS[method][1]}) if method in METHODS else (None, {})

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'SHAPES', 'METHODS', 'READS', 'CHILD', 'PEAKS', 'random_lm', 'bench_weights', 'attention_by',
-           'authors_attention', 'read_stock', 'BenchCase', 'plain_step', 'case_weights', 'training_step', 'peak_memory',
+           'authors_attention', 'BenchCase', 'plain_step', 'case_weights', 'training_step', 'peak_memory',
            'forget_peak', 'measure_case', 'einsum_bytes', 'free_memory', 'run_case', 'loop_attention', 'time_in_turns',
            'layer_inputs', 'time_layer', 'step_flops', 'utilisation', 'with_ratios', 'list_ways', 'run_bench',
            'name_row', 'draw_bars', 'draw_lines', 'draw_bench']
@@ -92,8 +92,8 @@ def authors_attention(
     return cross_chunk_einsum(query, key, value, weights, key_mask, scaling, value_norm)
 
 METHODS = ("plain", "matched", "einsum", "sdpa", "fused", "pairs")
-def read_stock(*given): return cross_chunk_attention(*given[:8]) # without the listed pairs
-READS = {"einsum": authors_attention, "sdpa": read_stock, "fused": read_chunks, "pairs": read_chunks}
+READS = {"einsum": authors_attention, "sdpa": lambda *given: cross_chunk_attention(*given[:8]), # without the listed pairs
+         "fused": read_chunks, "pairs": read_chunks}
 
 # %% ../nbs/14_bench.ipynb #d1a605be
 @dataclass

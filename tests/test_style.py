@@ -13,14 +13,6 @@ MOST = {"cells": 70, "code lines": 400, "words": 1800, "long exported cells": 0,
 LEAST = {"cells": 40, "code lines": 250, "words": 1000}
 LINES = {"module": 60, "other": 25}             # of one exported cell: an nn.Module, and all else
 
-# Chapters over a limit: what they may have at most, and why. Shorten a chapter, and its line here has to go or to shrink: the tests say so.
-LATER = "not shortened yet (issue 6)"
-OVER = {
-    "17_launch": ({"long exported cells": 1, "lines over 135": 15}, LATER),
-    "22_strategies": ({"lines over 135": 19}, LATER),
-    "23_scaling": ({"lines over 135": 13}, LATER),
-}
-
 # Chapters below a lower limit. One that has said all is not filled up.
 RECORD = "reads recorded runs: tables and plots, nothing to build"
 ONE_IDEA = "one idea, said; filling it up would not teach more"
@@ -35,7 +27,6 @@ SHORT = {
     "10b_prepared": ONE_IDEA,
     "13_export": ONE_IDEA,
     "15_serve": ONE_IDEA,
-    "17_launch": ONE_IDEA,
     "18c_asking": ONE_IDEA,
     "18d_options": ONE_IDEA,
     "20_quick_run": RECORD,
@@ -68,9 +59,8 @@ def sizes(cells):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_no_chapter_is_over_the_limits(name):
-    allowed = MOST | OVER.get(name, ({}, ""))[0]
     found = sizes(NOTEBOOKS[name])
-    assert not {k: (found[k], most) for k, most in allowed.items() if found[k] > most}, "what is: (found, allowed)"
+    assert not {k: (found[k], most) for k, most in MOST.items() if found[k] > most}, "what is: (found, allowed)"
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
@@ -80,11 +70,10 @@ def test_short_chapters_are_short_for_a_reason(name):
 
 
 def test_exceptions_are_needed_and_have_reasons():
-    assert set(OVER) | set(SHORT) <= set(NOTEBOOKS), "exceptions for chapters that are gone"
-    idle = [(name, what) for name, (limits, _) in OVER.items() for what in limits if sizes(NOTEBOOKS[name])[what] <= MOST[what]]
-    idle += [name for name in SHORT if all(sizes(NOTEBOOKS[name])[k] >= least for k, least in LEAST.items())]
+    assert set(SHORT) <= set(NOTEBOOKS), "exceptions for chapters that are gone"
+    idle = [name for name in SHORT if all(sizes(NOTEBOOKS[name])[k] >= least for k, least in LEAST.items())]
     assert not idle, f"no longer needed, take them out: {idle}"
-    assert all(len(why) > 20 for why in [*SHORT.values(), *(w for _, w in OVER.values())])
+    assert all(len(why) > 20 for why in SHORT.values())
 
 
 def test_the_measure_itself():
