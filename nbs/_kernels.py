@@ -53,7 +53,7 @@ class Products(torch.autograd.Function):
     @staticmethod
     def blocks(q, k):
         n, others = len(q), k.shape[1] // len(q) * (len(q) - 1)
-        size = max(1, attention.BLOCK // (q.shape[2] * k.shape[1] // n)) * k.shape[1] // n     # as many chunks a block as ours
+        size = -(-(n - 1) // -(-(n - 1) * q.shape[2] * k.shape[1] // n // attention.BLOCK)) * k.shape[1] // n # blocks as ours
         return [(i, slice(at, min(at + size, others))) for i in range(n) for at in range(0, others, size)]
 
     @staticmethod

@@ -130,15 +130,16 @@ def read_by_sdpa(
     return out
 
 # %% ../nbs/04_attention.ipynb #670fbe75
-BLOCK = 2**20 # scores held at once, about; 4 MB in float32 stay in a CPU's cache
+BLOCK = 2**19 # scores held at once, at most; 2 MB in float32 stay in a CPU's cache
 
 def list_blocks(
     keep:Tensor, # (N, N) bool, pairs to read
     scores:int, # numbers in the scores of one pair
 )->Iterator[tuple[int, Tensor]]: # reader i, and the chunks j that it reads
-    "The pairs by reader, cut into blocks of about BLOCK scores."
+    "The pairs by reader, cut into even blocks of at most BLOCK scores."
     for i, row in enumerate(keep):
-        for j in row.nonzero()[:, 0].split(max(1, BLOCK // scores)): yield i, j
+        j = row.nonzero()[:, 0]
+        for block in j.tensor_split(math.ceil(len(j) * scores / BLOCK) or 1): yield i, block
 
 def attend_block(
     query:Tensor, # (Q, E) folded queries of one reader
