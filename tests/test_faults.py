@@ -27,6 +27,15 @@ def train(folder, resume=None, callbacks=(), model=None, **options):
     return toy.train(folder, model or toy.make_model(dropout=0.1), resume=resume, callbacks=[LogToFile(Path(folder) / "log.jsonl"), *callbacks], **SETTINGS | options)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Runs that are killed are child processes of one thread, and a matrix product rounds by how many threads share it: so one thread for all that is compared bit by bit."
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     return train(tmp_path_factory.mktemp("whole"))
