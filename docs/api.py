@@ -32,10 +32,10 @@ def parameters(function, comments, method):
     defaults |= {x.arg: d for x, d in zip(keyword_only, a.kw_defaults) if d is not None}
     named = [(x, x.arg) for x in positional] + [(x, f"*{x.arg}") for x in [a.vararg] if x] + [(x, x.arg) for x in keyword_only] + [(x, f"**{x.arg}") for x in [a.kwarg] if x]
     line = {name: (defaults[x.arg] if x.arg in defaults else x).end_lineno for x, name in named}
-    last = {end: name for name, end in line.items()}                     # of several on a line, the comment is the last one's
+    # several on a line share its comment
     in_header = lambda end: end < function.body[0].lineno
     return [(name, ast.unparse(x.annotation) if x.annotation else "", ast.unparse(defaults[x.arg]) if x.arg in defaults else "",
-             comments.get(line[name], "") if last[line[name]] == name and in_header(line[name]) else "")
+             comments.get(line[name], "") if in_header(line[name]) else "")
             for x, name in named if not (method and name in ("self", "cls"))]
 
 
