@@ -190,7 +190,8 @@ def main():
     length = 160 if GPU else 8
     stages = [("exactness", check_exactness), ("golden", check_golden), ("golden", check_model), ("tiles", lambda r: time_tiles(r, chunks[0], length)),
               ("layers", lambda r: time_layers(r, [(16 if GPU else 4, length), (chunks[0], length)])), ("steps", lambda r: time_steps(r, list_cases(chunks, layers), args.seconds, layers))]
-    if args.out.exists(): report |= {k: v for k, v in json.loads(args.out.read_text(encoding="utf-8")).items() if k in {n for n, _ in stages} - set(args.stages)}
+    if args.out.exists(): report |= {k: v for k, v in json.loads(args.out.read_text(encoding="utf-8")).items() if k in {n for n, _ in stages} - set(args.stages) | {"of_stage", "earlier_run"}}
+    report["of_stage"] = report.get("of_stage", {}) | {name: {"date": report["date"], "versions": names} for name in args.stages} # stages may come from several calls
     for name, stage in [s for s in stages if s[0] in args.stages]:
         try: stage(report[name])
         except Exception as fault: traceback.print_exc(limit=4); report[f"{name}_fault"] = repr(fault)[:500]
