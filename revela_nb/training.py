@@ -13,6 +13,7 @@ __all__ = ['log', 'GROUP_FILES', 'PUBLISHED_GROUPS', 'FOLDER_OPTIONS', 'HARMLESS
 import argparse, contextlib, hashlib, json, logging, os, sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Literal
 
 # %% ../nbs/18_training.ipynb #e839198e
 log = logging.getLogger("revela_nb.training")
@@ -183,9 +184,9 @@ class MethodOptions:
                 "trumancai/revela_training_corpus, trumancai/revela_code_training_corpus"})
     retriever:str|None = field(default=None, metadata={"help": "folder or hub name; None: the backbone that ships with the package"})
     lm:str|None = field(default=None, metadata={"help": "folder or hub name of the language model; None: the same as the retriever"})
-    lora:int|None = field(default=None, metadata={"help": "rank of a LoRA adapter on both; None: train all weights"})
-    lora_alpha:float|None = field(default=None, metadata={
-        "help": "scale of the adapter; None: twice its rank (paper: 64 at rank 256)"})
+    lora:int|None = field(default=None, metadata={"help": "rank of a LoRA adapter; None: train all weights"})
+    lora_on:Literal["both", "retriever", "lm"] = field(default="both", metadata={"help": "which get it; the other trains whole"})
+    lora_alpha:float|None = field(default=None, metadata={"help": "scale of the adapter; None: twice its rank (paper: 64 at 256)"})
     lora_dropout:float = field(default=0.0, metadata={"help": "in the adapter; paper: 0.1"})
     pooling:str = field(default="mean", metadata={"help": "eos (paper) or mean (surer for small models and short training)"})
     temperature:float = field(default=0.02, metadata={"help": "of the softmax over similarities; the released script uses 1e-4"})
@@ -258,15 +259,17 @@ def training_groups(
 
 # %% ../nbs/18_training.ipynb #3fd585a9
 def adapter_settings(
-    options:TrainOptions, # says rank, alpha and dropout
-    task:str, # peft's name of the task
-): # a LoraConfig; None without a rank
+    options:TrainOptions, # says rank, alpha, dropout, and on which models
+    part:str, # "retriever" or "lm"
+): # a LoraConfig; None without a rank, or if this part gets none
     "The adapter of one model. Raises a ValueError for alpha or dropout without a rank."
     if options.lora is None:
         if options.lora_alpha is not None or options.lora_dropout: raise ValueError("lora_alpha and lora_dropout need --lora RANK")
         return None
+    if options.lora_on not in ("both", part): return None
     from peft import LoraConfig
     from revela_nb.loading import LORA_TARGETS
+    task = "FEATURE_EXTRACTION" if part == "retriever" else "CAUSAL_LM"
     alpha = 2 * options.lora if options.lora_alpha is None else options.lora_alpha
     return LoraConfig(r=options.lora, lora_alpha=alpha, lora_dropout=options.lora_dropout, target_modules=LORA_TARGETS, task_type=task)
 
@@ -285,9 +288,9 @@ def build_training(
     if name is None:
         from revela_nb.demo import backbone_folder # with matplotlib behind it
         name = backbone_folder()
-    adapter = adapter_settings(options, "FEATURE_EXTRACTION")
+    adapter = adapter_settings(options, "retriever")
     retriever = Retriever.from_pretrained(name, lora=adapter, pooling=options.pooling, max_length=options.max_length)
-    lm = build_lm(options.lm or name, lora=adapter_settings(options, "CAUSAL_LM"))
+    lm = build_lm(options.lm or name, lora=adapter_settings(options, "lm"))
     tokenizer = load_tokenizer(find_folder(options.lm)) if options.lm else retriever.tokenizer
     model = Revela(retriever, lm, options.temperature, options.value_norm, options.dual_loss, options.freeze_lm, options.gather_chunks,
                    options.learn_temperature, options.min_weight)

@@ -31,6 +31,18 @@ def models(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def other_model(tmp_path):
+    "A tiny SmolLM3 that reads words, not the backbone's pieces."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate("<pad> <eos> <unk> a the cat sat ran rain fell".split())}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    SmolLM3ForCausalLM(SmolLM3Config(**TINY, vocab_size=10, pad_token_id=0)).save_pretrained(tmp_path / "other")
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>").save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     "No test touches the user's cache."
@@ -275,6 +287,22 @@ def test_train_on_groups_with_lora_and_evaluation(notes, beir, models, capsys):
     capsys.readouterr()
     assert main(["evaluate", "lora/retriever", "--data", "beir", "--run-file", "run.trec"]) == 0
     assert f"nDCG@10     {ndcg('run.trec', 'beir/qrels/test.tsv'):.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["both", "retriever", "lm"])
+def test_lora_on_either_model(models, other_model, part):
+    "An adapter on one model; of the other, whose tokenizer may be another one, all weights train."
+    from peft import PeftModel
+    from revela_nb.training import TrainOptions, build_training
+    model, collator = build_training(TrainOptions(retriever=str(models / "llama"), lm=str(other_model), lora=2, lora_on=part, max_length=16))
+    adapted = {name: isinstance(x, PeftModel) for name, x in (("retriever", model.retriever.encoder), ("lm", model.lm))}
+    assert adapted == {name: part in ("both", name) for name in adapted}
+    batch = collator([{"texts": ["a cat sat", "the cat ran", "rain fell"]}])
+    assert batch["input_ids"].tolist() == [[3, 5, 6], [4, 5, 7], [8, 9, 0]]             # the language model's own words
+    model(**batch).loss.backward()
+    for name, x in (("retriever", model.retriever), ("lm", model.lm)):
+        trained = [n for n, p in x.named_parameters() if p.grad is not None and p.grad.any()]
+        assert trained and all("lora" in n for n in trained) == adapted[name]
 
 
 def test_killed_run_goes_on(config):
