@@ -93,9 +93,10 @@ def needed_memory(
 def measure_rate(
     device:torch.device, # to be measured
     dtype:torch.dtype=torch.float32, # of the matrices
-    size:int=1024, # rows and columns
+    size:int|None=None, # rows and columns; None: 1,024, on a GPU 8,192
 )->float: # floating-point operations a second
     "The rate of the best of a few matrix products."
+    size = size or (8192 if device.type == "cuda" else 1024)
     a, best = torch.randn(size, size, device=device, dtype=dtype), math.inf
     for _ in range(4):
         begin = time.perf_counter()
