@@ -1,5 +1,6 @@
 # make docs: the site in _site/ (needs pip install -e '.[docs]'); make serve: look at it; make test-docs: check it
-# make rerun: run every chapter afresh and say which outputs differ from the stored ones (slow; NB='nbs/04_attention.ipynb' for one)
+# make rerun: run every chapter afresh and say which outputs differ from the stored ones (slow; NB='nbs/04_attention.ipynb' for one,
+# NB='--jobs 2 --most 120' for two at a time and a fault where one takes over two minutes)
 PYTHON ?= python
 
 .PHONY: docs serve test-docs clean-docs rerun

@@ -84,7 +84,7 @@ def prepare_code(cell, heading):
     return cell
 
 
-def prepare_notebook(path, blob, names, settings):
+def prepare_notebook(path, blob, names):
     "A notebook as the site shows it, and its title."
     notebook, cells, heading, title = json.loads(path.read_text(encoding="utf-8")), [], "", ""
     for cell in notebook["cells"]:
@@ -99,8 +99,7 @@ def prepare_notebook(path, blob, names, settings):
         else: cell = prepare_code(cell, heading)
         if cell: cells.append(cell)
     extra = next((text for word, text in SEE_ALSO.items() if path.stem.endswith(f"_{word}")), "")
-    colab = f"https://colab.research.google.com/github/{settings['user']}/{settings['repo']}/blob/{settings['branch']}/nbs/{path.name}"
-    end = f"{extra}\n\n---\n\n[The notebook of this page]({blob}/nbs/{path.name}) · [open it in Colab]({colab})"
+    end = f"{extra}\n\n---\n\n[The notebook of this page]({blob}/nbs/{path.name})"
     cells.append({"cell_type": "markdown", "id": "site-end", "metadata": {}, "source": end})
     metadata = notebook["metadata"] | {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}      # for `!pip` and magics
     return notebook | {"cells": cells, "metadata": metadata}, title or path.stem
@@ -130,7 +129,7 @@ def write_sources(src):
     notebooks = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if not p.name.startswith("_"))
     names, titles = {p.stem for p in notebooks}, {}
     for path in notebooks:
-        page, title = prepare_notebook(path, blob, names, settings)
+        page, title = prepare_notebook(path, blob, names)
         stem = RENAMED.get(path.stem, path.stem)
         titles[stem] = title
         (src / f"{stem}.ipynb").write_text(json.dumps(page, ensure_ascii=False), encoding="utf-8")

@@ -1,6 +1,8 @@
 """The notebooks as a book: order of imports, outputs fit to be read, modules in sync, documented parameters."""
 import ast
+import configparser
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -107,3 +109,58 @@ def test_modules_are_the_notebooks_export(tmp_path):
     code = "from nbdev.export import nb_export\nimport glob\nfor n in sorted(glob.glob('nbs/[0-9]*.ipynb')): nb_export(n)"
     subprocess.run([sys.executable, "-c", code], cwd=copy, check=True, capture_output=True, timeout=120)
     for path in MODULES: assert (copy / "revela_nb" / path.name).read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), f"{path.name} is not what nbdev_export writes"
+
+
+COLAB = """
+import os, sys, types
+from IPython.core.interactiveshell import InteractiveShell
+shell, asked, where = InteractiveShell.instance(), [], sys.argv[2]
+shell.register_magic_function(asked.append, "line", "pip")      # installs nothing: what pip installs as editable, a running interpreter does not see
+if where == "colab": sys.modules["google.colab"] = types.ModuleType("google.colab")
+for _ in range(2): shell.run_cell(sys.argv[1]).raise_error()
+if where == "colab": import toy_of_ours
+print("asked", asked)
+print("folder", os.getcwd())
+"""
+
+
+@pytest.fixture
+def run_install_cell(tmp_path):
+    "The install cell of the first chapter, run twice in one process; git fetches a toy repository, Colab's folder is a temporary one."
+    if not shutil.which("git"): pytest.skip("needs git")
+    pytest.importorskip("IPython")
+    toy, content = tmp_path / "toy", tmp_path / "content"
+    for path in (toy / "toy_of_ours" / "__init__.py", toy / "nbs" / "01.ipynb"):
+        path.parent.mkdir(parents=True)
+        path.touch()
+    content.mkdir()
+    for command in (["init", "-q"], ["add", "."], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "toy"]): subprocess.run(["git", *command], cwd=toy, check=True)
+    cell = next(text(c["source"]) for c in cells(ROOT / "nbs" / "01_corpus.ipynb") if "google.colab" in text(c["source"]))
+    def run(where, cell=cell):
+        environment = os.environ | {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.{toy.as_uri()}.insteadOf", "GIT_CONFIG_VALUE_0": "https://github.com/revela-nb/revela_nb",
+                                    "IPYTHONDIR": str(tmp_path / "ipython")}
+        return subprocess.run([sys.executable, "-c", COLAB, cell.replace("/content", str(content)), where], cwd=content, env=environment, capture_output=True, text=True, timeout=120)
+    return run, content, cell
+
+
+def test_in_colab_the_install_cell_makes_the_package_importable_and_can_be_run_twice(run_install_cell):
+    run, content, cell = run_install_cell
+    done = run("colab")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"folder {content / 'revela_nb' / 'nbs'}" in done.stdout and [p.name for p in content.rglob("nbs")] == ["nbs"], "cloned within itself"
+    extras = re.search(r"asked \['install -q -e \"\.\.\[([\w,]+)\]\"', ", done.stdout)[1].split(",")
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    wanted = " ".join(settings["DEFAULT"][f"{extra}_requirements"] for extra in extras)
+    assert all(name in wanted for name in ("fastcore", "pypdf", "starlette")), "chapters import these"
+    assert "ModuleNotFoundError" in run("colab", re.sub(r".*sys\.path.*", "", cell)).stderr, "the check itself finds nothing"
+
+
+def test_elsewhere_the_install_cell_does_nothing(run_install_cell):
+    run, content, _ = run_install_cell
+    done = run("here")
+    assert done.returncode == 0 and "asked []" in done.stdout and f"folder {content}\n" in done.stdout and not list(content.iterdir()), done.stdout + done.stderr
+
+
+def test_the_install_cell_is_the_same_in_all_chapters():
+    assert len({text(c["source"]) for path in NOTEBOOKS for c in cells(path) if "google.colab" in text(c["source"])}) == 1

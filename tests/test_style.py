@@ -94,8 +94,14 @@ def test_cell_ids_are_unique(name):
 def test_colab_installs_in_one_cell(name):
     "The first code cell of readers in Colab: guarded, so that it does nothing elsewhere. The tour needs nothing but torch."
     first = next(c for c in NOTEBOOKS[name] if c["cell_type"] == "code" and not source(c).startswith("#| default_exp"))
-    assert re.match(r"#\| hide\n#\| eval: false\n", source(first)) and 'if "google.colab" in sys.modules:\n    !git clone' in source(first)
+    assert re.match(r"#\| hide\n#\| eval: false\n", source(first)) and 'if "google.colab" in sys.modules:\n' in source(first)
     assert re.search(r"https://github\.com/(\S+)", source(first))[1] == "revela-nb/revela_nb"
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_title_leads_to_colab(name):
+    title = source(next(c for c in NOTEBOOKS[name] if c["cell_type"] == "markdown"))
+    assert title.startswith("# ") and title.endswith(f"\n\n[Open&nbsp;in&nbsp;Colab](https://colab.research.google.com/github/revela-nb/revela_nb/blob/main/nbs/{name}.ipynb)")
 
 
 def test_spelling(tmp_path):
