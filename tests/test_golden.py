@@ -1,4 +1,4 @@
-"""Parity with the authors' own code: loss, logits at real tokens, and every gradient (golden/*.safetensors, METHOD.md)."""
+"""Parity with the authors' own code on every path: loss, logits at real tokens, and every gradient (METHOD.md)."""
 import json
 from pathlib import Path
 
@@ -11,12 +11,11 @@ from revela_nb.attention import in_batch_weights
 from revela_nb.patching import in_batch_forward
 
 HERE = Path(__file__).parent
-SHARED = HERE.parents[1] / "shared" / "golden"
-CASES = [HERE / "golden_llama.safetensors"] + sorted(SHARED.glob("*.safetensors"))
+CASES = sorted(HERE.glob("golden_*.safetensors"))            # copies of ../shared/golden, so that a clone alone tests all
 
 
-def load_case(path):
-    with safe_open(path, "pt") as f:
+def load_case(case):
+    with safe_open(case, "pt") as f:
         tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
     config = json.loads(meta["config"])
     name = next(v for v in meta.values() if v.endswith("ForCausalLM"))
@@ -26,10 +25,10 @@ def load_case(path):
     return model, tensors, meta
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("path", CASES, ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_parity(path, checkpointing):
-    model, t, meta = load_case(path)
+@pytest.mark.parametrize("path, checkpointing", [("matmul", False), ("matmul", True), ("sdpa", False), ("sdpa", True), ("triton", False)], indirect=["path"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.stem)
+def test_parity(case, path, checkpointing):
+    model, t, meta = load_case(case)
     model.train()
     if checkpointing: model.gradient_checkpointing_enable({"use_reentrant": False})
     similarity = t["similarity"].clone().requires_grad_()
@@ -47,11 +46,16 @@ def test_parity(path, checkpointing):
     checked = sum(k.startswith("grad.") for k in t)
     assert sum(k not in ("weights", "loss", "plain_loss", "logits", "grad_similarity") for k in errors) >= checked - 1 > 10
     worst = max(errors, key=lambda k: errors[k].item())
-    print(f"{path.stem}: worst error {errors[worst].item():.1e} at {worst}")
+    print(f"{case.stem} by {path}: worst error {errors[worst].item():.1e} at {worst}")
     assert errors[worst] < 2e-5, (worst, errors[worst])
 
 
-def test_zero_weights_are_the_plain_lm():
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.stem)
+def test_copies_are_the_authors_numbers(case, shared):
+    assert case.read_bytes() == (shared / "golden" / case.name.removeprefix("golden_")).read_bytes() and len(CASES) == 4
+
+
+def test_zero_weights_are_the_plain_lm(path):
     model, t, _ = load_case(CASES[0])
     zero = torch.zeros_like(t["weights"])
     out = in_batch_forward(model, t["input_ids"], t["attention_mask"], zero, labels=t["labels"], return_logits=True)
