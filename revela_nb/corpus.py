@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 
 from datasets import Dataset, Features, Value
+from tqdm import tqdm
 
 # %% ../nbs/01_corpus.ipynb #6b5ee710
 SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*\s+|[。！？]+[”」』）]*\s*|\n[ \t]*\n\s*")
@@ -114,8 +115,9 @@ def chunk_corpus(
     missing = [name for name in CORPUS_FEATURES if name not in corpus.column_names]
     if missing: raise ValueError(f"The corpus has no column {missing}; its columns are {corpus.column_names}.")
     columns = {name: [] for name in CHUNK_FEATURES}
-    for batch in corpus.iter(batch_size=1000):
-        for doc_id, title, text in zip(batch["_id"], batch["title"], batch["text"]):
+    rows = (row for batch in corpus.iter(batch_size=1000) for row in zip(batch["_id"], batch["title"], batch["text"]))
+    with tqdm(rows, "cutting", len(corpus), leave=False, disable=None, unit="document") as bar:
+        for doc_id, title, text in bar:
             for number, chunk in enumerate(chunk_text(text, max_words)):
                 for name, value in zip(columns, (f"{doc_id}#{number}", doc_id, title, chunk)): columns[name].append(value)
     return Dataset.from_dict(columns, features=CHUNK_FEATURES)

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from peft import PeftModel
 
 from .index import model_fingerprint
-from .loading import save_retriever
+from .loading import find_folder, save_retriever
 from .retriever import Retriever
 
 # %% ../nbs/13_export.ipynb #0bf923fb
@@ -57,15 +57,11 @@ Trained without queries or labels, by next-token prediction in batches (Revela, 
 {facts}
 
 ## Figures
-{figures}
-
-{tested}
+{figures}{tested}
 
 ## Limits
 It was trained on what is named above and knows little else. Texts are cut at {retriever.max_length} tokens. \
-A figure of one seed may differ in the next by several points; compare with BM25 on your own texts first.
-
-Versions: {versions}.
+A figure of one seed may differ in the next by several points; compare with BM25 on your own texts first.{versions}
 """
 
 # %% ../nbs/13_export.ipynb #13c10004
@@ -75,10 +71,10 @@ def model_card(
 ) -> ModelCard: # `str` of it is README.md
     "A model card from a run's own report: data, steps, figures, seeds, limits."
     facts = [f"* {name}: {report[name]}" for name in FACTS if report.get(name) is not None] or ["* the run's report is not here"]
-    tested = "See the figures, if any."
+    tested = versions = ""
     if "functions" in report:
-        tested = f"{report['queries']} questions over {report['functions']} functions of the standard library, one seed."
-    versions = ", ".join(f"{name} {version}" for name, version in report.get("versions", {}).items()) or "unknown"
+        tested = f"\n\n{report['queries']} questions over {report['functions']} functions of the standard library, one seed."
+    if known := report.get("versions"): versions = f"\n\nTrained with {', '.join(map(' '.join, known.items()))}."
     text = CARD.format(retriever=retriever, facts="\n".join(facts), figures=figure_table(report), tested=tested, versions=versions)
     data = ModelCardData(library_name="sentence-transformers", pipeline_tag="feature-extraction",
                          tags=["sentence-transformers", "retrieval", "revela"])
@@ -88,10 +84,10 @@ def model_card(
 FORMATS = ("sentence-transformers", "peft")
 
 def read_report(
-    folder: str | Path, # a retriever's
+    folder: str | Path, # a retriever's, or the run's
 ) -> dict: # empty where there is none
-    "The report of the run that made a retriever. Raises a ValueError for one that cannot be read."
-    for path in (Path(folder).parent / name for name in ("report.json", "revela_run.json")):
+    "The report of the run that made a retriever. Raises a ValueError for one that cannot be read, FileNotFoundError for no folder."
+    for path in (find_folder(folder).parent / name for name in ("report.json", "revela_run.json")):
         if not path.is_file(): continue
         try: return dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error: raise ValueError(f"'{path}' is no report: {error}") from error

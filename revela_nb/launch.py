@@ -117,13 +117,17 @@ class Plan:
     hours: float # at the full rate of this device's matrix products: a lower bound
     memory: float # bytes needed
     available: float # bytes there are
+    warmup: int = 0 # steps until the learning rate has its value
 
     def __str__(self)->str:
         "As printed by `revela train`."
         parts = [f"{name}: {self.trained[name]:,} parameters trained, {self.frozen[name]:,} frozen" for name in self.trained]
         run = (f"{self.groups:,} groups, {self.steps:,} steps, {self.tokens:,.0f} tokens, {self.operations:.1e} operations: "
                f"at least {self.hours:.2f} hours")
-        return "\n".join([*parts, run, f"memory: about {self.memory / 1e9:.1f} GB of {self.available / 1e9:.1f} GB"])
+        memory = f"memory: about {self.memory / 1e9:.1f} GB of {self.available / 1e9:.1f} GB"
+        late = (f"warning: {self.warmup:,} steps of warm-up in a run of {self.steps:,}: the learning rate never reaches its value; "
+                "--warmup_steps 0.1 is a tenth of any run")
+        return "\n".join([*parts, run, memory, *([late] if self.warmup >= max(1, self.steps) else [])])
 
 # %% ../nbs/17_launch.ipynb #5a0d1e05
 def count_parameters(
@@ -162,10 +166,10 @@ def plan_run(
     operations = steps * args.gradient_accumulation_steps * one
     rate = rate or measure_rate(args.device, torch.bfloat16 if args.bf16 else torch.float32)
     tokens = float(batch["attention_mask"].sum()) / len(rows) * per_step * steps
-    predicted = float(predicted_tokens(batch)) * share
-    memory = needed_memory(model, lm_tokens, retriever_tokens, predicted, recompute, 2 if args.bf16 else 4)
+    predicted, size = float(predicted_tokens(batch)) * share, 2 if args.bf16 else 4
+    memory = needed_memory(model, lm_tokens, retriever_tokens, predicted, recompute, size)
     return Plan(count_parameters(model, True), count_parameters(model, False), len(groups), steps, tokens, operations,
-                operations / rate / 3600, memory, device_memory(args.device))
+                operations / rate / 3600, memory, device_memory(args.device), args.get_warmup_steps(steps))
 
 # %% ../nbs/17_launch.ipynb #5a0d1e0b
 def advise(

@@ -45,10 +45,12 @@ def load_tokenizer(
 WANTED_FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]
 
 def find_folder(
-    name_or_path: str | Path, # a folder, or a model's name on the hub
+    name_or_path: str | Path, # a folder of a model or of a training run, or a model's name on the hub
 ) -> Path: # a local folder
     "The model's folder on this machine, downloaded from the hub if need be. Raises a FileNotFoundError naming what was sought."
     folder = Path(name_or_path).expanduser()
+    inside = folder / "retriever"
+    if (inside / "retriever_config.json").is_file() and not any(folder.glob("*config.json")): return inside # of a run
     if folder.is_dir(): return folder
     try:
         return Path(snapshot_download(str(name_or_path), allow_patterns=WANTED_FILES))
@@ -233,6 +235,8 @@ def replacing_folder(
     partial.mkdir(parents=True)
     try:
         yield partial
+        for path in partial.rglob("*"): # as the user's umask has it: safetensors makes files for their owner alone
+            if path.is_file(): path.chmod(partial.stat().st_mode & 0o666)
         if folder.exists(): exchange_files(partial, folder)
         else: os.replace(partial, folder)
     finally:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
+from tqdm import tqdm
 
 from .corpus import CORPUS_FEATURES
 from .readers import READERS, Skipped, find_reader, folder_files, read_text, row_documents
@@ -145,7 +146,7 @@ def load_corpus(
     "Documents from any source; what is left out is counted and logged. Raises FileNotFoundError, or ValueError without documents."
     skipped, seen = Skipped(), set()
     columns = {name: [] for name in CORPUS_FEATURES}
-    for id, title, text in stream_documents(source, skipped, split):
+    for id, title, text in tqdm(stream_documents(source, skipped, split), "reading", leave=False, disable=None, unit="document"):
         if id in seen:
             skipped.add("documents with the id of an earlier one", id)
             continue

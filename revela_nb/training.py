@@ -6,14 +6,14 @@
 __all__ = ['log', 'GROUP_FILES', 'PUBLISHED_GROUPS', 'FOLDER_OPTIONS', 'HARMLESS', 'RECORD', 'check_group_file', 'write_groups',
            'write_json', 'read_rows', 'group_texts', 'read_groups', 'corpus_groups', 'check_file_form',
            'prepare_folder', 'prepare_groups', 'MethodOptions', 'TrainOptions', 'run_record', 'check_run',
-           'training_groups', 'adapter_settings', 'build_training', 'beir_evaluation', 'run_training', 'read_arguments',
-           'train_retriever']
+           'check_given', 'training_groups', 'adapter_settings', 'build_training', 'beir_evaluation', 'run_training',
+           'read_arguments', 'train_retriever']
 
 # %% ../nbs/18_training.ipynb #6af3a658
 import argparse, contextlib, hashlib, json, logging, os, sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+
 
 # %% ../nbs/18_training.ipynb #e839198e
 log = logging.getLogger("revela_nb.training")
@@ -93,7 +93,6 @@ def read_groups(
     path:str|Path, # .jsonl or .parquet, a folder that 'revela prepare' filled, or the name of a published set of groups
 ): # a Dataset with columns ids, texts
     "Groups from a file, a folder or the hub. Raises FileNotFoundError, or a ValueError that names file and line."
-    from datasets import Dataset
     if Path(path).expanduser().is_dir() or str(path) in PUBLISHED_GROUPS:
         from revela_nb.prepared import read_prepared, read_published
         return read_published(str(path)) if str(path) in PUBLISHED_GROUPS else read_prepared(path)
@@ -110,6 +109,7 @@ def read_groups(
                              "all groups of a file need one size")
         ids = row.get("ids") if isinstance(row, dict) else None
         groups.append({"ids": ids or [f"{number}.{i}" for i in range(size)], "texts": texts})
+    from datasets import Dataset
     if not groups: raise ValueError(f"'{path}' holds no group")
     return Dataset.from_list(groups)
 
@@ -185,12 +185,13 @@ class MethodOptions:
     retriever:str|None = field(default=None, metadata={"help": "folder or hub name; None: the backbone that ships with the package"})
     lm:str|None = field(default=None, metadata={"help": "folder or hub name of the language model; None: the same as the retriever"})
     lora:int|None = field(default=None, metadata={"help": "rank of a LoRA adapter; None: train all weights"})
-    lora_on:Literal["both", "retriever", "lm"] = field(default="both", metadata={"help": "which get it; the other trains whole"})
+    lora_on:str = field(default="both", metadata={"choices": ["both", "retriever", "lm"], "help": "on which; the other trains whole"})
     lora_alpha:float|None = field(default=None, metadata={"help": "scale of the adapter; None: twice its rank (paper: 64 at 256)"})
     lora_dropout:float = field(default=0.0, metadata={"help": "in the adapter; paper: 0.1"})
-    pooling:str = field(default="mean", metadata={"help": "eos (paper) or mean (surer for small models and short training)"})
+    pooling:str = field(default="mean", metadata={"choices": ["eos", "mean"], "help": "eos: the paper's; mean: surer in short runs"})
     temperature:float = field(default=0.02, metadata={"help": "of the softmax over similarities; the released script uses 1e-4"})
-    value_norm:str = field(default="unit", metadata={"help": "unit (paper), rescaled (surer for short training) or none"})
+    value_norm:str = field(default="unit", metadata={
+        "choices": ["unit", "rescaled", "none"], "help": "unit is the paper's; rescaled is surer for short training"})
     dual_loss:bool = field(default=False, metadata={"help": "add the plain stream's loss"})
     freeze_lm:bool = field(default=False, metadata={"help": "train the retriever alone"})
     gather_chunks:bool = field(default=False, metadata={"help": "all chunks of a step are one group, over all devices"})
@@ -206,7 +207,7 @@ class TrainOptions(MethodOptions):
     max_words:int = field(default=120, metadata={"help": "words in a chunk"})
     group_size:int = field(default=16, metadata={"help": "chunks in a group"})
     strategy:str = field(default="document", metadata={
-        "help": "how chunks are grouped: document, bm25 or random (for cluster, remine and mixtures: "
+        "choices": ["document", "bm25", "random"], "help": "how chunks are grouped (for cluster, remine and mixtures: "
                 "revela prepare --out FOLDER, then --groups)"})
     run_length:int = field(default=4, metadata={"help": "neighbouring chunks of one document in a group (strategy document)"})
     max_length:int = field(default=160, metadata={"help": "tokens of a chunk at most"})
@@ -215,7 +216,7 @@ class TrainOptions(MethodOptions):
         "help": "stop after so many evaluations without gain (needs metric_for_best_model, for example ndcg@10); 0: never"})
 
 # %% ../nbs/18_training.ipynb #92f38b79
-HARMLESS = ("config", "output_dir", "verbose", "run", "parser", "logging_", "log_", "save_", "eval_", "report_to",
+HARMLESS = ("config", "output_dir", "verbose", "run", "parser", "check", "logging_", "log_", "save_", "eval_", "report_to",
             "per_device_train", "gradient_accumulation", "resume_", "disable_tqdm", "dataloader_num_workers")
 RECORD = "revela_run.json"
 
@@ -241,20 +242,28 @@ def check_run(
     try: there = dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"'{folder / RECORD}' is damaged ({error}): take another output_dir") from error
-    names = sorted(name for name in there.keys() | record.keys() if there.get(name) != record.get(name))
+    names = sorted(name for name in there.keys() | record.keys() if name != "versions" and there.get(name) != record.get(name))
     different = "; ".join(f"{name}: {there.get(name)} there, {record.get(name)} now" for name in names)
     if different:
         raise ValueError(f"'{folder}' holds a run with other options ({different}): take the same ones, or another output_dir")
     return "finished" if (folder / "retriever" / "retriever_config.json").is_file() else "started"
 
 # %% ../nbs/18_training.ipynb #07bac605
+def check_given(
+    corpus:str|None, # of --corpus
+    groups:str|None, # of --groups
+    folder:str|None, # of --output_dir
+)->None:
+    "Raises a ValueError unless one of the first two is given, and the third."
+    if folder is None: raise ValueError("give --output_dir FOLDER for checkpoints and the retriever")
+    if (corpus is None) == (groups is None):
+        raise ValueError("give either --corpus SOURCE or --groups FILE (a file that 'revela prepare' wrote)")
+
 def training_groups(
     options:TrainOptions, # says where from
     seed:int, # draws the groups
 ): # a Dataset with columns ids, texts
-    "Groups from a corpus or from a file. Raises a ValueError unless exactly one is given."
-    if (options.corpus is None) == (options.groups is None):
-        raise ValueError("give either --corpus SOURCE or --groups FILE (a file that 'revela prepare' wrote)")
+    "Groups from a corpus or from a file. Raises what reading them raises."
     return read_groups(options.groups) if options.groups else corpus_groups(options.corpus, options, seed)
 
 # %% ../nbs/18_training.ipynb #3fd585a9
@@ -320,14 +329,14 @@ def run_training(
 )->None:
     "Train, log, stop on a signal, save; writes the first file."
     from transformers import EarlyStoppingCallback
+    from revela_nb.demo import versions
     from revela_nb.launch import LogToFile, StopOnSignal
     from revela_nb.trainer import RevelaTrainer
     folder, stop = Path(arguments.output_dir), StopOnSignal()
-    patience = [EarlyStoppingCallback(options.patience)] if options.patience else []
+    callbacks = [LogToFile(folder / "log.jsonl"), stop, *([EarlyStoppingCallback(options.patience)] if options.patience else [])]
     trainer = RevelaTrainer(model=model, args=arguments, train_dataset=groups, data_collator=collator,
-                            evaluate_retriever=beir_evaluation(options.eval_beir),
-                            callbacks=[LogToFile(folder / "log.jsonl"), stop, *patience])
-    if arguments.should_save: write_json(record, folder / RECORD)
+                            evaluate_retriever=beir_evaluation(options.eval_beir), callbacks=callbacks)
+    if arguments.should_save: write_json(record | {"versions": versions()}, folder / RECORD)
     log.info("training on %d groups%s", len(groups), ": this run was begun before" if started else "")
     with contextlib.redirect_stdout(sys.stderr): trainer.train(arguments.resume_from_checkpoint or started)
     step = trainer.state.global_step
@@ -342,7 +351,7 @@ def read_arguments(
     "The method's options and the trainer's. Raises a ValueError for options that do not go together."
     from transformers import HfArgumentParser
     from revela_nb.trainer import RevelaArguments
-    if args.output_dir is None: raise ValueError("give --output_dir FOLDER for checkpoints and the retriever")
+    check_given(args.corpus, args.groups, args.output_dir)
     options, arguments = HfArgumentParser((TrainOptions, RevelaArguments)).parse_dict(vars(args), allow_extra_keys=True)
     if args.disable_tqdm is None: arguments.disable_tqdm = not sys.stderr.isatty() # a bar is for somebody who watches
     if options.eval_beir and arguments.eval_strategy == "no":
@@ -361,6 +370,7 @@ def train_retriever(
     record = run_record(args, groups)
     with arguments.main_process_first(local=False): state = check_run(folder, record)
     if state == "finished": return print(f"{folder / 'retriever'} is there already: this run is finished")
+    log.info("loading the models")
     set_seed(arguments.seed) # before the adapters are drawn
     model, collator = build_training(options)
     plan = plan_run(model, arguments, groups, collator)
