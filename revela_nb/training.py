@@ -184,7 +184,7 @@ class MethodOptions:
     retriever:str|None = field(default=None, metadata={"help": "folder or hub name; None: the backbone that ships with the package"})
     lm:str|None = field(default=None, metadata={"help": "folder or hub name of the language model; None: the same as the retriever"})
     lora:int|None = field(default=None, metadata={"help": "rank of a LoRA adapter on both; None: train all weights"})
-    lora_alpha:float|None = field(default=None, metadata={"help": "scale of the adapter; None: twice its rank (paper: 64 at 256)"})
+    lora_alpha:float|None = field(default=None, metadata={"help": "its scale; None: twice the rank (paper: 64 at rank 256)"})
     lora_dropout:float = field(default=0.0, metadata={"help": "in the adapter; paper: 0.1"})
     pooling:str = field(default="mean", metadata={"choices": ["eos", "mean"], "help": "eos: the paper's; mean: surer in short runs"})
     temperature:float = field(default=0.02, metadata={"help": "of the softmax over similarities; the released script uses 1e-4"})
