@@ -74,7 +74,7 @@ def model_card(
     tested = versions = ""
     if "functions" in report:
         tested = f"\n\n{report['queries']} questions over {report['functions']} functions of the standard library, one seed."
-    if known := report.get("versions"): versions = f"\n\nTrained with {', '.join(map(' '.join, known.items()))}."
+    if known := report.get("versions"): versions = f"\n\nVersions: {', '.join(map(' '.join, known.items()))}."
     text = CARD.format(retriever=retriever, facts="\n".join(facts), figures=figure_table(report), tested=tested, versions=versions)
     data = ModelCardData(library_name="sentence-transformers", pipeline_tag="feature-extraction",
                          tags=["sentence-transformers", "retrieval", "revela"])

@@ -147,10 +147,10 @@ def check_training(
     values = read_config(file) if file else {}
     for name in vars(args):
         if getattr(args, name) is None: setattr(args, name, values.get(name))
+    if not left and set(values) <= set(vars(args)): check_given(args.corpus, args.groups, args.output_dir)
     check_paths(args)
     groups = str(args.groups or "")
     if groups and groups not in PUBLISHED_GROUPS and not Path(groups).expanduser().exists(): read_groups(groups) # says what is wrong
-    if not left and set(values) <= set(vars(args)): check_given(args.corpus, args.groups, args.output_dir)
 
 # %% ../nbs/18d_options.ipynb #18d00007
 def read_share(

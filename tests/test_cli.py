@@ -1,5 +1,5 @@
 """The command `revela` end to end: what it prints, what it writes, and how it refuses."""
-import json, os, shutil, signal, subprocess, sys, time
+import io, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
@@ -162,6 +162,64 @@ def refused(capsys, words, *messages):
     assert tree(".") == before
 
 
+class Terminal(io.StringIO):
+    "Standard error as somebody sees it who watches."
+    def isatty(self): return True
+
+
+IMPORTED = """
+import sys
+from revela_nb.cli import main
+status = main(sys.argv[1:])
+sys.exit(10 * status + any(name in sys.modules for name in ("torch", "transformers", "datasets")))
+"""
+
+
+@pytest.mark.parametrize("line, message", [
+    ("train --corpus no/such/folder --output_dir x", "no/such/folder"), ("train missing.yaml", "missing.yaml"), ("train there.yaml --lm ./lm", "./lm"),
+    ("train --corpus . --output_dir x --value_norm l1", "choose from 'unit', 'rescaled', 'none'"), ("train --corpus .", "--output_dir"), ("train --output_dir x", "--groups"),
+    ("train --groups g.jsonl --output_dir x", "there is no file 'g.jsonl'"), ("search no/such/model --corpus . q", "no/such/model"), ("search bm25 --corpus ./no q", "./no"),
+    ("search bm25 --corpus . ' '", "query is empty"), ("serve bm25 --corpus . --host 0.0.0.0", "this machine only"), ("evaluate bm25 --data nowhere", "nowhere"),
+    ("evaluate no/such/model --data .", "no/such/model"), ("evaluate bm25", "--data"), ("prepare no/notes.txt --out g.jsonl", "no/notes.txt"), ("export no/such/model --out x", "no/such/model"),
+    ("export . --out .", "--overwrite")])
+def test_refused_before_heavy_imports(tmp_path, line, message):
+    "Somebody who mistypes a path need not wait for torch to hear of it."
+    import shlex
+    (tmp_path / "there.yaml").write_text("corpus: .\noutput_dir: x\nlearning_rate: 1e-3\n")
+    done = subprocess.run([sys.executable, "-c", IMPORTED, *shlex.split(line)], capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60)
+    assert done.returncode == 20, done.stderr
+    assert done.stderr.startswith("revela: error: ") and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_early_check_leaves_to_others_what_it_does_not_know(tmp_path, monkeypatch):
+    "Names on the hub, transformers' options, a file that may stand anywhere: nothing is refused that may be right."
+    from revela_nb.options import check_training
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("corpus: .\nmax_steps: 3\ntemprature: 1\n")
+    Path("deep.json").write_text("{}")
+    for line in ("--corpus name/on-the-hub --output_dir x", "--corpus python:stdlib --output_dir x", "--retriever HuggingFaceTB/SmolLM2-135M --corpus . --output_dir x", "-v a.yaml", "--deepspeed deep.json",
+                 "a.yaml --deepspeed deep.json", "--max_steps 3 a.yaml", "--config a.yaml --output_dir x", "--groups trumancai/revela_training_corpus --output-dir x --dual_loss", "--temprature 1"):
+        check_training(line.split())
+
+
+def test_choices_are_those_of_the_method():
+    from dataclasses import fields
+    from revela_nb.attention import VALUE_NORMS
+    from revela_nb.batching import STRATEGIES
+    choices = {item.name: item.metadata["choices"] for item in fields(TrainOptions) if "choices" in item.metadata}
+    assert choices == {"value_norm": list(VALUE_NORMS), "strategy": list(STRATEGIES), "pooling": ["eos", "mean"]}
+
+
+def test_nearest_name_is_suggested(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    refused(capsys, ["serch", "bm25"], "did you mean search?")
+    refused(capsys, ["train", "--corpus", ".", "--output_dir", "x", "--temprature", "1"], "--temprature; did you mean --temperature?")
+    refused(capsys, ["train", "--corpus", ".", "--output_dir", "x", "--value_norm", "rescale"], "did you mean rescaled?")
+    refused(capsys, ["export", ".", "--out", "x", "--format", "pefft"], "did you mean peft?")
+    refused(capsys, ["search", "bm25", "--corpus", ".", "a question", "--interactiv3"], "did you mean --interactive?")
+    assert main(["search", "bm25", "--corpus", ".", "q", "--zzz"]) == 2 and "did you mean" not in capsys.readouterr().err
+
+
 def test_bad_corpus_is_refused(notes, capsys):
     Path("bare").mkdir()
     refused(capsys, ["prepare", "missing/notes.txt", "--out", "g.jsonl"], "missing/notes.txt")
@@ -277,6 +335,27 @@ def test_train_refuses_models_and_folders(config, capsys, models):
     refused(capsys, ["train", config, "--eval_beir", "notes"], "eval_strategy")
     refused(capsys, ["train", config, "--output_dir", "notes"], "notes")
     refused(capsys, ["train", config, "--output_dir", "notes/pets.md"], "pets.md")
+
+
+def test_train_shows_what_it_does_to_somebody_who_watches(config, capsys, monkeypatch):
+    "In a terminal: the imports, reading, cutting, the models and step 0 are there before the first log line; a run that is all warm-up is told so."
+    monkeypatch.setattr(sys, "stderr", seen := Terminal())
+    assert main(["train", config, "--warmup_steps", "9", "--logging_steps", "2"]) == 0
+    said = seen.getvalue()
+    places = [said.index(part) for part in ("loading torch", "reading: ", "cutting: ", "loading the models", "warning: 9 steps of warm-up in a run of 4", "training on", "0/4 ", "'loss'")]
+    assert places == sorted(places)
+    assert main(["train", config, "--output_dir", "again"]) == 0 and "warm-up" not in seen.getvalue()[len(said):]
+    assert "torch" in json.loads(Path("out/revela_run.json").read_text())["versions"]
+
+
+def test_no_bar_for_nobody(notes, capsys):
+    assert main(["search", "bm25", "--corpus", "notes", "cats"]) == 0
+    assert "reading" not in (err := capsys.readouterr().err) and "loading torch" in err
+
+
+def test_a_run_may_have_been_begun_with_other_versions(tmp_path):
+    (tmp_path / "revela_run.json").write_text('{"seed": 1, "versions": {"torch": "1.0"}}')
+    assert check_run(tmp_path, {"seed": 1}) == "started"
 
 
 def test_train_on_groups_with_lora_and_evaluation(notes, beir, models, capsys):
@@ -478,6 +557,31 @@ def test_search_prints_ranked_passages(notes, models, capsys):
     assert scores == sorted(scores, reverse=True) and all("#" in line.split()[2] for line in lines[::2])
     assert main(["search", "bm25", "--corpus", "notes", "rivers and boats", "--k", "1", "--max-words", "10"]) == 0
     assert "r1#0" in capsys.readouterr().out
+
+
+def test_search_checks_the_model_before_reading(notes, models, capsys, monkeypatch):
+    "A wrong model must not cost the time that reading the documents takes; for the right one there is a bar."
+    def read(*rest, **named): raise AssertionError("documents were read")
+    with monkeypatch.context() as patched:
+        patched.setattr("revela_nb.index.load_corpus", read)
+        for words in (["search", "no-such-model", "q"], ["serve", "bm25", "--other", "notes"]): refused(capsys, [*words, "--corpus", "notes"], words[-1] if words[0] == "serve" else words[1])
+    monkeypatch.setattr(sys, "stderr", seen := Terminal())
+    assert main(["search", str(models / "llama"), "--corpus", "notes", "warm cats", "--max-words", "10"]) == 0
+    assert "reading: " in seen.getvalue() and "8/8 " in seen.getvalue()
+
+
+def test_a_runs_folder_stands_for_its_retriever(notes, beir, models, capsys):
+    from revela_nb.retriever import Retriever
+    Path("run").mkdir()
+    Path("run/revela_run.json").write_text('{"max_steps": 5, "versions": {"torch": "9.9"}}')
+    Retriever.from_pretrained(models / "llama", pooling="mean").save_pretrained("run/retriever")
+    printed = []
+    for name in ("run/retriever", "run"):
+        assert main(["evaluate", name, "--data", "beir"]) == 0 and main(["search", name, "--corpus", "notes", "warm cats"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+    assert main(["export", "run", "--out", "published"]) == 0
+    assert "* max_steps: 5" in (card := Path("published/README.md").read_text()) and "torch 9.9" in card
 
 
 def test_search_again_says_lines_and_encodes_only_what_changed(notes, models, capsys, monkeypatch):

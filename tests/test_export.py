@@ -79,6 +79,18 @@ def test_export_with_prefixes_and_special_tokens(toy, tmp_path):
         assert (ids[0] == 1) == special and len(ids) == 9 and Retriever.from_pretrained(tmp_path / "out").add_special_tokens == special
 
 
+def test_files_have_the_usual_permissions(toy, tmp_path):
+    "What the umask gives to others, the weights give, too: safetensors alone would make them their owner's."
+    import os
+    retriever, before = Retriever.from_pretrained(toy), os.umask(0o027)
+    try:
+        retriever.save_pretrained(tmp_path / "own")
+        retriever.export_sentence_transformer(tmp_path / "st")
+    finally: os.umask(before)
+    modes = {p.name: oct(p.stat().st_mode & 0o777) for name in ("own", "st") for p in (tmp_path / name).rglob("*") if p.is_file()}
+    assert "model.safetensors" in modes and set(modes.values()) == {"0o640"}, modes
+
+
 def test_export_replaces_and_refuses(toy, tmp_path):
     pytest.importorskip("sentence_transformers")
     trained(toy, lora=2).save_pretrained(tmp_path / "out")
@@ -185,7 +197,10 @@ def test_card_says_what_the_report_says(toy):
     from revela_nb.export import model_card
     card = str(model_card(Retriever.from_pretrained(toy, pooling="mean", query_prefix="Q: ", max_length=33), REPORT))
     for part in ("| before | 0.020 | 0.010 |", "| after | 0.137 | 0.110 |", "* steps: 80", "* seed: 7", "500 questions over 2500", "torch 2.13.0", "'Q: '", "mean pooling", "33 tokens", "## Limits"): assert part in card, part
-    assert "no figures are known" in str(model_card(Retriever.from_pretrained(toy), {"max_steps": 5, "corpus": "notes/"}))
+    bare = str(model_card(Retriever.from_pretrained(toy), {"max_steps": 5, "corpus": "notes/"}))
+    assert "no figures are known" in bare and bare.endswith("on your own texts first.\n")
+    assert not any(word in bare for word in ("if any", "unknown", "None", "Versions", "questions over")), "what is not known is not spoken of"
+    assert "Versions: torch 2.13.0." in card
 
 
 @pytest.mark.parametrize("form", ["sentence-transformers", "peft"])
@@ -221,6 +236,13 @@ def test_command(toy, tmp_path, capsys):
     assert "| after | 0.137" in (tmp_path / "peft" / "README.md").read_text(encoding="utf-8")
     theirs = st.SentenceTransformer(str(tmp_path / "sentence-transformers"), device="cpu").encode_query(TEXTS)
     torch.testing.assert_close(torch.from_numpy(theirs), ours.encode_queries(TEXTS, progress=False), atol=1e-5, rtol=0)
+    capsys.readouterr()
+    (tmp_path / "peft" / "notes.txt").write_text("mine")
+    before = (tmp_path / "peft" / "README.md").stat().st_mtime_ns
+    again = ["export", str(run / "retriever"), "--out", str(tmp_path / "peft"), "--format", "peft"]
+    assert main(again) == 2 and "not empty" in (said := capsys.readouterr().err) and "--overwrite" in said
+    assert (tmp_path / "peft" / "README.md").stat().st_mtime_ns == before
+    assert main([*again, "--overwrite"]) == 0 and (tmp_path / "peft" / "README.md").stat().st_mtime_ns > before and (tmp_path / "peft" / "notes.txt").exists()
     capsys.readouterr()
     assert main(["export", str(toy), "--out", str(tmp_path / "x"), "--format", "peft"]) == 2 and "no adapter" in capsys.readouterr().err
     (run / "report.json").write_text("[1")
