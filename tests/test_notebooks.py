@@ -164,3 +164,11 @@ def test_elsewhere_the_install_cell_does_nothing(run_install_cell):
 
 def test_the_install_cell_is_the_same_in_all_chapters():
     assert len({text(c["source"]) for path in NOTEBOOKS for c in cells(path) if "google.colab" in text(c["source"])}) == 1
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.name[0].isdigit() and p.stem != "00_tour"], ids=lambda p: p.stem)
+def test_every_chapter_shows_where_we_are(path):
+    "The pipeline with this chapter's stage lit, below its heading; the tour shows all of the method instead."
+    prose = "\n\n".join(text(c["source"]) for c in cells(path) if c["cell_type"] == "markdown")
+    shown = re.search(r"^## Where we are\n\n!\[The pipeline in eight stages: [^\]]* lit\]\((images/pipeline-\w+\.png)\)$", prose, re.M)
+    assert shown and (ROOT / "nbs" / shown[1]).exists()

@@ -1,6 +1,6 @@
 """Draw the pictures of the book: `python nbs/images/make_images.py`.
 
-pipeline.png, doubled_batch.png, and pipeline-STAGE.png: the pipeline as eight small stages, one of them lit, for the head of each chapter."""
+pipeline.png, doubled_batch.png, and pipeline-NAME.png: the pipeline as eight small stages, those of LIGHTS[NAME] lit, for the head of each chapter."""
 from pathlib import Path
 
 import matplotlib
@@ -91,6 +91,7 @@ def draw_doubled_batch():
 
 STAGES = {"corpus": "chunks", "groups": "groups", "retriever": "retriever", "attention": "attention", "patching": "LM layers", "model": "loss", "trainer": "training",
           "evaluation": "search"}
+LIGHTS = {stage: (stage,) for stage in STAGES} | {"all": tuple(STAGES), "backbone": ("retriever", "patching")}
 LIT, DIM, PENCIL, WIRE = "#ffcf8a", "#d3d8df", "#4a505a", "#8a919c"     # a box is opaque, a wire of middle grey: both can be read on white and on black paper
 
 def sketch(ax, stage, x, y, ink):
@@ -116,11 +117,11 @@ def sketch(ax, stage, x, y, ink):
     else:
         ax.add_patch(plt.Circle((x + .25, y + .17), .13, fill=False, edgecolor=ink, linewidth=1.8)); line((.35, .5), (.08, -.02), linewidth=2.4)
 
-def draw_stage(lit):
+def draw_stages(lit):
     w, h, gap = 1.42, .82, .3
     fig, ax = canvas(4*w + 3*gap + .16, 2*h + .46)
     for k, (stage, label) in enumerate(STAGES.items()):
-        x, y, on = .08 + (k % 4)*(w + gap), .08 + (1 - k//4)*(h + .3), stage == lit
+        x, y, on = .08 + (k % 4)*(w + gap), .08 + (1 - k//4)*(h + .3), stage in lit
         ax.add_patch(FancyBboxPatch((x, y), w, h, boxstyle="round,pad=0,rounding_size=.09", facecolor=LIT if on else DIM, edgecolor="#b3541e" if on else DIM, linewidth=3 if on else 1))
         sketch(ax, stage, x + w/2 - .3, y + .4, "#5c2a0a" if on else PENCIL)
         ax.text(x + w/2, y + .18, f"{k + 1}  {label}", ha="center", va="center", fontsize=12, color="#2b1404" if on else "#343941", weight="bold" if on else "normal")
@@ -131,9 +132,9 @@ def draw_stage(lit):
     return fig, ax
 
 if __name__ == "__main__":
-    for stage in STAGES:
-        fig, _ = draw_stage(stage)
-        fig.savefig(HERE / f"pipeline-{stage}.png", transparent=True); plt.close(fig)
+    for name, lit in LIGHTS.items():
+        fig, _ = draw_stages(lit)
+        fig.savefig(HERE / f"pipeline-{name}.png", transparent=True); plt.close(fig)
     for name, draw in (("pipeline", draw_pipeline), ("doubled_batch", draw_doubled_batch)):
         fig, _ = draw()
         fig.savefig(HERE / f"{name}.png", facecolor="white"); plt.close(fig)
