@@ -120,13 +120,12 @@ def read_by_sdpa(
     "A fused kernel for a chunk of pairs at a time, added up by reader; the chunk is computed again in the backward pass."
     D, fill = value.shape[-1], -query.shape[-1] % 8
     query, key, value = F.pad(query, (0, fill)), F.pad(key, (0, fill)), F.pad(value, (0, 1 + fill))
+    out = nothing = query.new_zeros(*query.shape[:-1], D)
     def read(i, j):
         c = F.scaled_dot_product_attention(query[i], key[j], value[j], scale=1.0)      # (P, Hkv, Q, E)
-        return c[..., :D] * weights[i, j][:, None, None, None]
-    out = query.new_zeros(*query.shape[:-1], D)
-    for pairs in keep.nonzero().split(PAIRS):
-        i, j = pairs.T
-        out = out.index_add(0, i, checkpoint(read, i, j, use_reentrant=False, preserve_rng_state=False))
+        return nothing.index_add(0, i, c[..., :D] * weights[i, j][:, None, None, None])
+    for pairs in keep.nonzero().split(PAIRS):                                          # index_add keeps what it adds, hence in `read`
+        out = out + checkpoint(read, *pairs.T, use_reentrant=False, preserve_rng_state=False)
     return out
 
 # %% ../nbs/04_attention.ipynb #670fbe75

@@ -73,7 +73,7 @@ def test_low_precision_stays_close():
     w = in_batch_weights(s, 0.5)
     exact = cross_chunk_attention(q, k, v, w, mask)
     rounded = cross_chunk_attention(*(x.bfloat16() for x in (q, k, v)), w, mask).float()
-    assert (rounded - exact).abs().max() < 0.05
+    assert (rounded - exact).norm() < 0.01 * exact.norm()                                          # measured: 0.0047; bf16 keeps 8 bits, 0.004 a number
 
 
 @pytest.mark.parametrize("similarity, kwargs, message", [
@@ -139,7 +139,8 @@ def test_bf16_gradients_stay_close(norm, temperature):
         out = cross_chunk_attention(*leaves[:3], in_batch_weights(leaves[3], temperature, 3), mask, None, norm).float()
         out.square().sum().backward()
         grads.append([out, *(x.grad.float() for x in leaves)])
-    for exact, rounded in zip(*grads): assert (rounded - exact).norm() < 0.04 * exact.norm()       # bf16 keeps 8 bits: 0.4 % a number
+    errors = [((rounded - exact).norm() / exact.norm()).item() for exact, rounded in zip(*grads)]
+    assert errors[0] < 0.01 and max(errors[1:]) < 0.02, errors                                     # measured, of all cases: 0.0055 and 0.0112
 
 
 @settings(max_examples=25, deadline=None)
@@ -150,6 +151,29 @@ def test_threshold_loses_at_most_the_weights_left_out(n, length, seed, temperatu
     error = (cross_chunk_attention(q, k, v, w, mask, min_weight=threshold) - cross_chunk_einsum(q, k, v, w, mask)).norm(dim=-1)     # (N, H, L)
     assert (error <= (w * (w <= threshold)).sum(1)[:, None, None] + 1e-5).all()
     assert (cross_chunk_attention(q, k, v, w, mask) - cross_chunk_einsum(q, k, v, w, mask)).abs().max() < 1e-5                       # the default loses nothing
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(2, 8), length=st.integers(1, 5), seed=st.integers(0, 1000), temperature=st.sampled_from([1.0, 0.1, 0.01, 1e-4]), exponent=st.floats(-6, -0.5),
+       path=st.sampled_from([attention.ReadByMatmul.apply, read_by_sdpa]))
+def test_threshold_bounds_the_similaritys_gradient_too(n, length, seed, temperature, exponent, path):
+    """With gamma the gradient of the weights, that of a similarity left out is at most 2 w max|gamma| / tau. Leaving it out takes w |gamma| / tau from itself,
+    and w_ij / tau times the sum of the w_ik gamma_ik left out from every pair of its reader. For a given gradient of the output; in float64, since 1 / tau enlarges rounding."""
+    q, k, v, mask, similarity = layer(n, 2, 1, length, 8, seed, torch.float64)
+    grad, (similarity, threshold) = q.cos(), (0.1 * similarity, 10 ** exponent)
+    w = in_batch_weights(similarity, temperature).requires_grad_()
+    gamma, = torch.autograd.grad(cross_chunk_einsum(q, k, v, w, mask), w, grad)
+    def gradient(**options):
+        s = similarity.clone().requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention.ReadByMatmul, "apply", path)
+            return torch.autograd.grad(cross_chunk_attention(q, k, v, in_batch_weights(s, temperature), mask, **options), s, grad)[0]
+    w, left_out = w.detach(), (w <= threshold).detach()
+    exact, most = gradient(min_weight=0.0), (gamma * left_out).abs().amax(1, keepdim=True)
+    weight_lost = (w * left_out).sum(1, keepdim=True)
+    rounding = 1e-5 * gamma.abs().max() * w / temperature + 1e-12                                                                    # the einsum has its epsilon elsewhere
+    assert (exact.abs() <= 2 * w * gamma.abs().amax(1, keepdim=True) / temperature + rounding).all()
+    assert ((gradient(min_weight=threshold) - exact).abs() <= w * (left_out + weight_lost) * most / temperature + rounding).all()
 
 
 class Written(TorchDispatchMode):

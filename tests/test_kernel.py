@@ -51,9 +51,12 @@ def test_without_triton_the_module_loads():
 @given(groups=st.integers(1, 3), b=st.integers(1, 3), kv=st.integers(1, 2), share=st.integers(1, 3), length=st.sampled_from([1, 5, 33]),
        dim=st.sampled_from([16, 32]), seed=st.integers(0, 1000), norm=st.sampled_from(VALUE_NORMS), temperature=st.sampled_from([1e-3, 0.1, 2.0]))
 def test_kernels_equal_einsum(groups, b, kv, share, length, dim, seed, norm, temperature):
-    given = *layer(groups * b, kv * share, kv, length, dim, seed), temperature, b
-    ours, exact = (everything(read, *given, value_norm=norm) for read in (triton_attention, cross_chunk_einsum))
-    assert worst(ours, exact) < (2e-5 / min(temperature, 1), ""), worst(ours, exact)
+    "Stands in for gradcheck, which needs float64: Triton has no products in it. The exact output and gradients are the einsum's in float64."
+    given = layer(groups * b, kv * share, kv, length, dim, seed)
+    ours = everything(triton_attention, *given, temperature, b, value_norm=norm)
+    exact = everything(cross_chunk_einsum, *(x.double() if x.is_floating_point() else x for x in given), temperature, b, value_norm=norm)
+    assert worst({"similarity": ours.pop("similarity")}, {"similarity": exact.pop("similarity")}) < (2e-5 / min(temperature, 1), "")       # 1 / temperature enlarges rounding
+    assert worst(ours, exact) < (2e-6, ""), worst(ours, exact)
 
 
 def test_several_tiles_of_readers_and_read():

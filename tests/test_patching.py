@@ -1,14 +1,17 @@
 """The in-batch stream in real architectures: invariances, LoRA, checkpointing, refusals, and the model left as it was found."""
 import copy
+from functools import partial
 
 import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, get_peft_model
 
-from revela_nb import patching
+from revela_nb import attention, patching
 from revela_nb.attention import in_batch_weights
-from revela_nb.patching import in_batch_forward
+from revela_nb.bench import attention_by, authors_attention
+from revela_nb.patching import compile_layers, in_batch_forward
+from test_attention import Written
 
 SMALL = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
 MODELS = {
@@ -18,10 +21,15 @@ MODELS = {
 }
 
 
+NARROW = {**MODELS, "narrow": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**{**SMALL, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}))}
+WAYS = [*((name, path) for path in ("matmul", "sdpa") for name in MODELS), ("narrow", "triton")]           # Triton's interpreter is slow
+on_every_path = pytest.mark.parametrize("lm, path", WAYS, indirect=True)
+
+
 @pytest.fixture(params=MODELS)
 def lm(request):
     torch.manual_seed(0)
-    return MODELS[request.param]().train()
+    return NARROW[request.param]().train()
 
 
 def rows(lengths, seed=0):
@@ -48,7 +56,8 @@ def gradients(model, ids, mask, w, **kwargs):
     return out.loss.detach(), torch.cat([w.grad.flatten()] + [p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def test_padding_changes_nothing(lm):
+@on_every_path
+def test_padding_changes_nothing(lm, path):
     texts = rows([6, 3, 5])
     loss, grad = gradients(lm, *pad(texts, 6), weights())
     for total, left, fill in ((9, False, 7), (6, True, 0), (11, True, 9)):
@@ -57,7 +66,8 @@ def test_padding_changes_nothing(lm):
         torch.testing.assert_close(grad2, grad, atol=2e-5, rtol=1e-4)
 
 
-def test_order_permutes_and_groups_do_not_mix(lm):
+@on_every_path
+def test_order_permutes_and_groups_do_not_mix(lm, path):
     ids, mask = pad(rows([6, 3, 5]), 6)
     w, order = weights(), torch.tensor([2, 0, 1])
     out = in_batch_forward(lm, ids, mask, w, return_logits=True)
@@ -71,7 +81,8 @@ def test_order_permutes_and_groups_do_not_mix(lm):
     torch.testing.assert_close(both.logits[3:][mask2.bool()], alone.logits[mask2.bool()], atol=1e-5, rtol=1e-4)
 
 
-def test_zero_weights_are_the_unpatched_model(lm):
+@on_every_path
+def test_zero_weights_are_the_unpatched_model(lm, path):
     ids, mask = pad(rows([6, 3, 5]), 6)
     labels = ids.masked_fill(mask == 0, -100)
     loss, grad = gradients(lm, ids, mask, torch.zeros(3, 3), labels=labels)
@@ -94,7 +105,8 @@ def test_left_as_found(lm, implementation):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_gradient_checkpointing_and_lora(lm):
+@on_every_path
+def test_gradient_checkpointing_and_lora(lm, path):
     ids, mask = pad(rows([6, 3, 5]), 6)
     lora = get_peft_model(copy.deepcopy(lm), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False))
     for model in (lm, lora):
@@ -154,6 +166,27 @@ def test_trains_under_bf16_autocast(lm):
     assert 0.98 < grad2.norm() / grad.norm() < 1.02
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("lora", [False, True])
+def test_bf16_weights_learn_what_float32_learns(lm, lora):
+    "However the chunks lie in the batch; checkpointing changes no bit. Both models have the same, rounded, weights."
+    if lora: lm = get_peft_model(lm, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False, lora_alpha=1))
+    rounded = lm.bfloat16()
+    exact, order = copy.deepcopy(rounded).float(), torch.tensor([2, 0, 1, 5, 4, 3])
+    texts, w = [rows([6, 3, 5, 4, 6, 2], seed=n) for n in range(4)], [weights(6, seed=n) for n in range(3)]
+    (ids, mask), groups = pad(texts[2], 6), torch.block_diag(weights(seed=3), weights(seed=4))
+    settings = [(*pad(texts[0], 6), w[0]), (*pad(texts[1], 9, True, 7), w[1]), (ids[order], mask[order], w[2][order][:, order]), (*pad(texts[3], 6), groups)]
+    bf16, fp32 = ([gradients(model, *given) for given in settings] for model in (rounded, exact))
+    assert {p.grad.dtype for p in rounded.parameters() if p.grad is not None} == {torch.bfloat16}
+    for (loss, _), (loss32, _) in zip(bf16, fp32): assert abs(loss / loss32 - 1) < 0.003                      # measured: 0.0021
+    for part in (slice(36), slice(36, None)):                                                                # of the in-batch weights, of the parameters
+        a, b = (torch.cat([grad[part] for _, grad in found]) for found in (bf16, fp32))
+        assert (a - b).norm() < (0.02 if "gemma3" in rounded.config.model_type else 0.015) * b.norm()         # measured over 5 seeds: 0.0179, 0.0113
+    (rounded.get_base_model() if lora else rounded).gradient_checkpointing_enable({"use_reentrant": False})
+    if lora: rounded.enable_input_require_grads()
+    torch.testing.assert_close(gradients(rounded, *settings[-1]), bf16[-1], atol=0, rtol=0)
+
+
 def test_a_head_that_scales_its_logits_is_run_in_whole():
     "Granite divides its logits: the loss head's shortcut must notice, and the loss must be that of the model's own logits."
     torch.manual_seed(0)
@@ -165,11 +198,11 @@ def test_a_head_that_scales_its_logits_is_run_in_whole():
     assert abs(in_batch_forward(granite, ids, mask, weights()).loss - quick.loss) > 1e-4
 
 
-@pytest.mark.parametrize("value_norm", ["unit", "rescaled", "none"])
-def test_groups_in_one_batch_learn_what_they_learn_one_by_one(value_norm):
+@pytest.mark.parametrize("path, value_norm", [*((p, norm) for p in ("matmul", "sdpa") for norm in ("unit", "rescaled", "none")), ("triton", "unit")], indirect=["path"])
+def test_groups_in_one_batch_learn_what_they_learn_one_by_one(path, value_norm):
     "Loss and every gradient; with `rescaled` the groups share one volume, so they are alike in it only if they are the same chunks."
     torch.manual_seed(0)
-    model = MODELS["qwen3"]().train()
+    model = NARROW["narrow" if path == "triton" else "qwen3"]().train()
     texts = [rows([6, 6, 6], seed=0), rows([6, 6, 6], seed=0 if value_norm == "rescaled" else 1)]
     pairs = [weights(seed=3), weights(seed=4)]
     together, grad = gradients(model, *pad(texts[0] + texts[1], 6), torch.block_diag(*pairs), value_norm=value_norm)
@@ -199,3 +232,62 @@ def test_min_weight_reaches_every_layer(monkeypatch):
     model(**batch).loss.backward()
     assert seen == [0.3] * model.lm.config.num_hidden_layers * 3                                                              # forward, and again in backward
     with pytest.raises(ValueError, match="min_weight must be in"): Revela(model.retriever, model.lm, min_weight=-0.1)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_layers_learn_the_same(monkeypatch, checkpointing):
+    "Forward and backward of every layer are traced by Dynamo and AOTAutograd, around our attention, which is run as it is; only the code generator is left out."
+    graphs = []
+    def backend(graph, inputs): return graphs.append(graph) or torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch.manual_seed(0)
+    lm = NARROW["narrow"]().train()
+    ids, mask = pad(rows([6, 3, 5]), 6)
+    if checkpointing: lm.gradient_checkpointing_enable({"use_reentrant": False})
+    loss, grad = gradients(lm, ids, mask, weights())
+    plain = lm(ids, attention_mask=mask).logits
+    assert compile_layers(lm) == lm.config.num_hidden_layers and compile_layers(MODELS["llama"]()) == 2 and not graphs
+    try:
+        torch.testing.assert_close(gradients(lm, ids, mask, weights()), (loss, grad), atol=1e-6, rtol=1e-5)
+        assert graphs or checkpointing                                                                       # inside which Dynamo finds nothing that it can trace
+        torch.testing.assert_close(lm(ids, attention_mask=mask).logits, plain, atol=1e-6, rtol=1e-5)
+    finally: torch._dynamo.reset()
+
+
+def step(lm, chunks, group_size, length=24):
+    "One forward of chunks without padding."
+    g = torch.Generator().manual_seed(0)
+    ids, w = torch.randint(5, 50, (chunks, length), generator=g), in_batch_weights(torch.rand(chunks, chunks, generator=g), 1.0, group_size)
+    return in_batch_forward(lm, ids, torch.ones_like(ids), w.requires_grad_()).loss
+
+
+def bytes_kept(lm, chunks, group_size):
+    "What a forward keeps for its backward, each storage once; without the model's weights, and without the (N, N) weights and who reads whom."
+    kept, parameters = {}, {p.data_ptr() for p in lm.parameters()}
+    def pack(x):
+        if x.data_ptr() not in parameters and x.shape != (chunks, chunks): kept[x.untyped_storage().data_ptr()] = x     # held, so that no address comes twice
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): step(lm, chunks, group_size)
+    return sum(x.untyped_storage().nbytes() for x in kept.values())
+
+
+def test_memory_grows_with_chunks_and_not_with_pairs(path):
+    torch.manual_seed(0)
+    lm = NARROW["narrow"]().train()
+    kept = {given: bytes_kept(lm, *given) for given in ((4, 2), (8, 2), (12, 2), (8, 4), (8, 8))}
+    assert kept[12, 2] - kept[8, 2] == kept[8, 2] - kept[4, 2] > 0
+    a_pair = {"matmul": 0, "sdpa": 16, "triton": 20 + 4 * 2 * 24}[path]                                         # reader and read; and weight, and a number for each of 2 heads and 24 tokens
+    assert kept[8, 8] - kept[8, 4] == a_pair * 8 * (7 - 3) and kept[8, 4] - kept[8, 2] == a_pair * 8 * (3 - 1)
+    with attention_by(authors_attention): assert bytes_kept(lm, 8, 4) - kept[8, 4] > 4 * 8 * 8 * 2 * 24 * 24       # what is counted would show (N, N, H, L, L)
+
+
+@pytest.mark.parametrize("path", ["matmul", "sdpa"], indirect=True)
+def test_no_tensor_is_larger_than_the_mlps(path, monkeypatch):
+    "Forward and backward, all pairs: 2N rows of 24 tokens and 48 numbers, where (N, N, H, L, L) would have eight times as many."
+    torch.manual_seed(0)
+    lm = NARROW["narrow"]().train()
+    monkeypatch.setattr(attention, "PAIRS", 32)
+    with Written() as ours: step(lm, 16, 16).backward()
+    with attention_by(authors_attention), Written() as einsum: step(lm, 16, 16).backward()
+    assert ours.largest == 2 * 16 * 24 * 48 and einsum.largest == 16 * 16 * 2 * 24 * 24 == 8 * ours.largest
