@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'KEPT', 'GROUP_SCHEMA', 'HINT', 'read_prepared', 'group_texts', 'group_row', 'kept_groups', 'keep_groups',
-           'published_rows', 'read_published']
+           'published_rows', 'read_published', 'mark_whole_queries']
 
 # %% ../nbs/10b_prepared.ipynb #b0d53904
 import json, logging
@@ -72,6 +72,7 @@ def kept_groups(
     groups = Dataset.from_file(str(path))
     return groups if groups.data.column("src").null_count < len(groups) else groups.remove_columns("src")
 
+# %% ../nbs/10b_prepared.ipynb #b0d53a0e
 def keep_groups(
     name: str, # of the source, for the message
     key: str, # names the content; the same key is never read twice
@@ -124,3 +125,17 @@ def read_published(
     groups = keep_groups(name, f"{key}-{lines._fingerprint}", published_rows(lines, group_size, skipped))
     for line in skipped.lines(): log.warning("'%s': left out %s", name, line)
     return groups
+
+# %% ../nbs/10b_prepared.ipynb #b0d53a0b
+def mark_whole_queries(
+    groups: Dataset, # with a column src, where its rows name one
+    sources: list[str], # of which the query is the whole chunk
+) -> Dataset: # with the column query_fraction
+    "Say of each group which part of a chunk is its query. Raises a ValueError for a source that no group names."
+    named = np.array(groups["src"][:] if "src" in groups.column_names else [None] * len(groups), dtype=object)
+    there = sorted({str(name) for name in set(named) if name is not None})
+    if missing := [name for name in sources if name not in there]:
+        raise ValueError(f"no group is of the source {', '.join(missing)} (whole_query_sources); there are: {', '.join(there) or 'none'}")
+    whole = np.isin(named.astype(str), sources)
+    log.info("the query is the whole chunk in %s of %s groups (source %s)", f"{whole.sum():,}", f"{len(groups):,}", ", ".join(sources))
+    return groups.add_column("query_fraction", np.where(whole, 1.0, GroupCollator.query_fraction))

@@ -207,6 +207,8 @@ class TrainOptions(MethodOptions):
                 "revela prepare --out FOLDER, then --groups)"})
     run_length:int = field(default=4, metadata={"help": "neighbouring chunks of one document in a group (strategy document)"})
     max_length:int = field(default=160, metadata={"help": "tokens of a chunk at most"})
+    whole_query_sources:list[str]|None = field(default=None, metadata={
+        "help": "groups whose src is one of these: the query is the whole chunk, not its first half (code recipes: stackoverflow)"})
     eval_beir:str|None = field(default=None, metadata={"help": "a BEIR folder to evaluate on during training"})
     patience:int = field(default=0, metadata={
         "help": "stop after so many evaluations without gain (needs metric_for_best_model, for example ndcg@10); 0: never"})
@@ -252,7 +254,10 @@ def training_groups(
     "Groups from a corpus or from a file. Raises a ValueError unless exactly one is given."
     if (options.corpus is None) == (options.groups is None):
         raise ValueError("give either --corpus SOURCE or --groups FILE (a file that 'revela prepare' wrote)")
-    return read_groups(options.groups, options.group_size) if options.groups else corpus_groups(options.corpus, options, seed)
+    groups = read_groups(options.groups, options.group_size) if options.groups else corpus_groups(options.corpus, options, seed)
+    if not options.whole_query_sources: return groups
+    from revela_nb.prepared import mark_whole_queries
+    return mark_whole_queries(groups, options.whole_query_sources)
 
 # %% ../nbs/18_training.ipynb #3fd585a9
 def adapter_settings(

@@ -90,6 +90,31 @@ def test_without_network(corpus, monkeypatch, caplog):
     with pytest.raises(FileNotFoundError): read_groups(NAMES[1], 16) # those were of another size
 
 
+@pytest.mark.parametrize("form", ["published", "file"])
+def test_whole_posts_are_queries_by_the_recipe(corpus, monkeypatch, caplog, form):
+    "METHOD: for StackOverflow posts the query is the whole chunk, for all else its first half; through the recipe's option and the collator."
+    import yaml
+    from transformers import AutoTokenizer
+    from revela_nb.batching import GroupCollator
+    from revela_nb.training import TrainOptions, training_groups
+    caplog.set_level("INFO")
+    texts, recipe = [f"How do I append {n} items to a list that is long?" for n in ("two", "three")], yaml.safe_load((ROOT / "configs/smollm2-135m-code.yaml").read_text())
+    corpus.write_text(lines(texts, {"src": "stackoverflow", "text": texts}, {"src": "tutorials", "text": texts}))
+    if form == "published": assert recipe["groups"] == NAMES[1]
+    options = TrainOptions(groups=NAMES[1] if form == "published" else str(corpus), group_size=2, whole_query_sources=recipe["whole_query_sources"])
+    groups, tokenizer = training_groups(options, 0), AutoTokenizer.from_pretrained(ROOT / "revela_nb" / "backbone")
+    assert groups["query_fraction"][:] == [.5, 1., .5] and "1 of 3 groups (source stackoverflow)" in caplog.text
+    batch = GroupCollator(tokenizer, tokenizer, query_prefix="", passage_prefix="")([groups[i] for i in range(3)])
+    queries, passages = (batch[f"{kind}_attention_mask"].sum(1) - 1 for kind in ("query", "passage"))   # without eos
+    assert queries.tolist() == [n if i in (2, 3) else n // 2 for i, n in enumerate(passages.tolist())]
+    options.whole_query_sources = ["stackoverflow", "blogs"]
+    with pytest.raises(ValueError, match="source blogs .whole_query_sources.; there are: stackoverflow, tutorials"): training_groups(options, 0)
+    options.groups, options.whole_query_sources, options.run_length = None, ["stackoverflow"], 2
+    (corpus.parent / "notes.txt").write_text("A list grows. " * 400)
+    options.corpus = str(corpus.parent / "notes.txt")
+    with pytest.raises(ValueError, match="there are: none"): training_groups(options, 0)
+
+
 CHILD = """
 import sys, threading, time
 import datasets, revela_nb.prepared as prepared, revela_nb.reading as reading
