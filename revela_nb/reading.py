@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['log', 'SKIPPED_FOLDERS', 'PYTHON', 'SHORTEST', 'LONGEST', 'SOURCES', 'LINES', 'HUB_LINES', 'module_files',
-           'read_modules', 'hub_rows', 'read_hub', 'read_source', 'find_fault', 'stream_documents', 'load_corpus']
+           'read_modules', 'hub_lines', 'hub_rows', 'explain_hub', 'read_hub', 'read_source', 'find_fault',
+           'stream_documents', 'load_corpus']
 
 # %% ../nbs/01c_reading.ipynb #315c502e
 import json, logging, os, re, sysconfig
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
@@ -58,6 +60,14 @@ SOURCES = "a source is 'python', 'python:stdlib', 'python:packages', a file or f
 LINES = ("trumancai/revela_training_corpus", "trumancai/revela_code_training_corpus", "Tevatron/wikipedia-nq-corpus")
 HUB_LINES = {name: f"hf://datasets/{name}/*.json*" for name in LINES} # read line by line
 
+def hub_lines(
+    name: str, # of HUB_LINES
+    split: str, # such as "train"
+    **options, # of `load_dataset`
+): # a Dataset with the column text, one row a line
+    "The lines of a hub data set. Raises what `load_dataset` raises."
+    return load_dataset("text", data_files={split: HUB_LINES[name]}, split=split, **options)
+
 def hub_rows(
     name: str, # such as "trumancai/revela_training_corpus"
     split: str, # such as "train"
@@ -66,9 +76,24 @@ def hub_rows(
     "The rows of a hub data set. Raises what `load_dataset` raises, a ValueError for a line that is no JSON."
     options = {"split": split} | ({"streaming": True} if streaming else {})
     if name not in HUB_LINES: yield from load_dataset(name, **options)
-    else:
-        lines = load_dataset("text", data_files={split: HUB_LINES[name]}, **options)
-        yield from (json.loads(row["text"]) for row in lines if row["text"].strip())
+    else: yield from (json.loads(row["text"]) for row in hub_lines(name, **options) if row["text"].strip())
+
+# %% ../nbs/01c_reading.ipynb #7905f464
+@contextmanager
+def explain_hub(
+    name: str, # of a data set
+    split: str, # of it
+    hint: str, # what else could be named
+):
+    "What went wrong with the hub, in words: FileNotFoundError for no answer, ValueError for what cannot be loaded."
+    try: yield
+    except OSError as error:
+        missing = f"'{name}' is no file or folder here, and no hub data set of that name could be reached: {error} ({hint})."
+        raise FileNotFoundError(missing) from error
+    except (ValueError, RuntimeError, DatasetsError) as error:
+        broken = f"The hub data set '{name}', split '{split}', could not be loaded: {error.__cause__ or error} "
+        broken += "Download its files and name their folder instead."
+        raise ValueError(broken) from error
 
 # %% ../nbs/01c_reading.ipynb #7905f463
 def read_hub(
@@ -80,15 +105,8 @@ def read_hub(
     "Documents of a hub data set. Raises FileNotFoundError for a mistyped path or no answer, ValueError for what cannot be loaded."
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) or re.search(r"\.[A-Za-z]\w*$", name):
         raise FileNotFoundError(f"There is no file or folder '{name}' ({SOURCES}).")
-    try:
+    with explain_hub(name, split, SOURCES):
         for number, row in enumerate(hub_rows(name, split, streaming)): yield from row_documents(row, f"{name}:{number}", skipped)
-    except OSError as error:
-        missing = f"'{name}' is no file or folder here, and no hub data set of that name could be reached: {error} ({SOURCES})."
-        raise FileNotFoundError(missing) from error
-    except (ValueError, RuntimeError, DatasetsError) as error:
-        broken = f"The hub data set '{name}', split '{split}', could not be loaded: {error} "
-        broken += "Download its files and name their folder instead."
-        raise ValueError(broken) from error
 
 # %% ../nbs/01c_reading.ipynb #f85a6dd8
 def read_source(

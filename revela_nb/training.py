@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'GROUP_FILES', 'PUBLISHED_GROUPS', 'FOLDER_OPTIONS', 'HARMLESS', 'RECORD', 'check_group_file', 'write_groups',
-           'write_json', 'read_rows', 'group_texts', 'read_groups', 'corpus_groups', 'check_file_form',
+           'write_json', 'read_rows', 'file_groups', 'read_groups', 'corpus_groups', 'check_file_form',
            'prepare_folder', 'prepare_groups', 'MethodOptions', 'TrainOptions', 'run_record', 'check_run',
            'check_given', 'training_groups', 'adapter_settings', 'build_training', 'beir_evaluation', 'run_training',
            'read_arguments', 'train_retriever']
@@ -69,7 +69,7 @@ def read_rows(
     "The rows of a file of groups. Raises a ValueError naming file and line for what is no JSON or no parquet."
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
-        try: yield from enumerate(pq.read_table(path).to_pylist(), 1)
+        try: yield from enumerate((row for batch in pq.ParquetFile(path).iter_batches(1000) for row in batch.to_pylist()), 1)
         except ValueError as error: raise ValueError(f"'{path}' is no parquet file ({error})") from error
         return
     with open(path, "rb") as file:
@@ -79,27 +79,13 @@ def read_rows(
             except ValueError as error: raise ValueError(f"'{path}', line {number}: not JSON ({error})") from error
             yield number, row
 
-# %% ../nbs/18_training.ipynb #41d9b16d
-def group_texts(
-    row, # our own object, an object with a list under `text`, or a bare list
-)->list[str]|None: # None where it is no group
-    "The chunks of one group, whichever of the three forms it is written in."
-    texts = row.get("texts", row.get("text")) if isinstance(row, dict) else row
-    good = isinstance(texts, list) and len(texts) > 1 and all(isinstance(text, str) and text.strip() for text in texts)
-    return texts if good else None
-
 # %% ../nbs/18_training.ipynb #795e4d2f
-def read_groups(
-    path:str|Path, # .jsonl or .parquet, a folder that 'revela prepare' filled, or the name of a published set of groups
-): # a Dataset with columns ids, texts
-    "Groups from a file, a folder or the hub. Raises FileNotFoundError, or a ValueError that names file and line."
-    if Path(path).expanduser().is_dir() or str(path) in PUBLISHED_GROUPS:
-        from revela_nb.prepared import read_prepared, read_published
-        return read_published(str(path)) if str(path) in PUBLISHED_GROUPS else read_prepared(path)
-    path, groups, size = check_group_file(path), [], None
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file '{path}'; groups are a file or a folder that 'revela prepare' made, "
-                                f"or {' or '.join(PUBLISHED_GROUPS)}")
+def file_groups(
+    path:Path, # .jsonl or .parquet
+): # yields rows of ids, texts, src
+    "The groups of a file. Raises a ValueError that names file and line."
+    from revela_nb.prepared import group_row, group_texts
+    size = None
     for number, row in read_rows(path):
         texts = group_texts(row)
         if texts is None: raise ValueError(f"'{path}', line {number}: a group is a list of two or more texts, bare or under 'texts'")
@@ -107,11 +93,23 @@ def read_groups(
         if len(texts) != size:
             raise ValueError(f"'{path}', line {number}: {len(texts)} texts, but the first group has {size}; "
                              "all groups of a file need one size")
-        ids = row.get("ids") if isinstance(row, dict) else None
-        groups.append({"ids": ids or [f"{number}.{i}" for i in range(size)], "texts": texts})
-    from datasets import Dataset
-    if not groups: raise ValueError(f"'{path}' holds no group")
-    return Dataset.from_list(groups)
+        yield group_row(number, row, texts)
+
+# %% ../nbs/18_training.ipynb #795e4d31
+def read_groups(
+    path:str|Path, # .jsonl or .parquet, a folder that 'revela prepare' filled, or the name of a published set of groups
+    group_size:int=16, # texts taken of each published group
+): # a Dataset with columns ids, texts, and src where given
+    "Groups from a file, a folder or the hub. Raises FileNotFoundError, or a ValueError that names file and line."
+    from revela_nb.prepared import keep_groups, read_prepared, read_published
+    from revela_nb.shards import hash_file
+    if str(path) in PUBLISHED_GROUPS: return read_published(str(path), group_size=group_size)
+    if Path(path).expanduser().is_dir(): return read_prepared(path)
+    path = check_group_file(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file '{path}'; groups are a file or a folder that 'revela prepare' made, "
+                                f"or {' or '.join(PUBLISHED_GROUPS)}")
+    return keep_groups(path, f"{path.stem}-{hash_file(path)}", file_groups(path))
 
 # %% ../nbs/18_training.ipynb #3e71d456
 def corpus_groups(
@@ -211,6 +209,8 @@ class TrainOptions(MethodOptions):
                 "revela prepare --out FOLDER, then --groups)"})
     run_length:int = field(default=4, metadata={"help": "neighbouring chunks of one document in a group (strategy document)"})
     max_length:int = field(default=160, metadata={"help": "tokens of a chunk at most"})
+    whole_query_sources:list[str]|None = field(default=None, metadata={
+        "help": "groups whose src is one of these: the query is the whole chunk, not its first half (code recipes: stackoverflow)"})
     eval_beir:str|None = field(default=None, metadata={"help": "a BEIR folder to evaluate on during training"})
     patience:int = field(default=0, metadata={
         "help": "stop after so many evaluations without gain (needs metric_for_best_model, for example ndcg@10); 0: never"})
@@ -264,7 +264,10 @@ def training_groups(
     seed:int, # draws the groups
 ): # a Dataset with columns ids, texts
     "Groups from a corpus or from a file. Raises what reading them raises."
-    return read_groups(options.groups) if options.groups else corpus_groups(options.corpus, options, seed)
+    groups = read_groups(options.groups, options.group_size) if options.groups else corpus_groups(options.corpus, options, seed)
+    if not options.whole_query_sources: return groups
+    from revela_nb.prepared import mark_whole_queries
+    return mark_whole_queries(groups, options.whole_query_sources)
 
 # %% ../nbs/18_training.ipynb #3fd585a9
 def adapter_settings(
@@ -366,7 +369,9 @@ def train_retriever(
     from transformers import set_seed
     from revela_nb.launch import plan_run, refuse_oversized
     options, arguments = read_arguments(args)
-    folder, groups = Path(arguments.output_dir), training_groups(options, arguments.seed)
+    folder = Path(arguments.output_dir)
+    first = arguments.main_process_first() if options.groups else contextlib.nullcontext() # one reads, the others map its file
+    with first: groups = training_groups(options, arguments.seed)
     record = run_record(args, groups)
     with arguments.main_process_first(local=False): state = check_run(folder, record)
     if state == "finished": return print(f"{folder / 'retriever'} is there already: this run is finished")

@@ -375,19 +375,6 @@ def test_command_line_and_back(notes, capsys):
     with pytest.raises(FileNotFoundError, match="not finished"): read_groups("notes")
 
 
-@pytest.mark.parametrize("name", ["trumancai/revela_training_corpus", "trumancai/revela_code_training_corpus"])
-def test_published_groups_of_both_line_formats(tmp_path, monkeypatch, name):
-    "The real loading code on files of the published shapes; only the address is changed."
-    import datasets
-    import revela_nb.reading as corpus
-    from revela_nb.training import read_groups
-    (tmp_path / "train.jsonl").write_text(json.dumps(["one\u2028line", "two"], ensure_ascii=False) + "\n" + json.dumps({"src": "so", "text": ["three", "four"]}) + "\n")
-    monkeypatch.setitem(corpus.HUB_LINES, name, str(tmp_path / "*.json*"))
-    monkeypatch.setattr(corpus, "load_dataset", lambda *a, **k: datasets.load_dataset(*a, cache_dir=str(tmp_path / "cache"), **k))
-    assert read_groups(name)["texts"][:] == [["one\u2028line", "two"], ["three", "four"]]
-    assert [list(corpus.hub_rows(name, "train", streaming)) for streaming in (False, True)] == [[["one\u2028line", "two"], {"src": "so", "text": ["three", "four"]}]] * 2
-
-
 @pytest.mark.parametrize("strategy", ["cluster", "remine"])
 def test_groups_by_the_shipped_retriever(tmp_path, monkeypatch, strategy):
     "The real backbone embeds: cats go to cats and lists to lists; shares make the same bytes, and nothing is embedded twice."

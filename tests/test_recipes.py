@@ -34,7 +34,7 @@ def hub(tmp_path_factory):
         torch.manual_seed(0)
         (Qwen2ForCausalLM if qwen else LlamaForCausalLM)(config).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    lines = [json.dumps(CHUNKS[i % 4:] + CHUNKS[:i % 4]) if i % 2 else json.dumps({"src": "wiki", "text": CHUNKS}) for i in range(128)]
+    lines = [json.dumps(CHUNKS[i % 4:] + CHUNKS[:i % 4]) if i % 2 else json.dumps({"src": "stackoverflow", "text": CHUNKS}) for i in range(128)]
     (folder / "groups.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -54,9 +54,11 @@ def test_recipe(path, hub, tmp_path, capsys):
     for name, value in dict(temperature=1e-4, lora=256, lora_alpha=64, lora_dropout=0.1, learning_rate=1e-4, warmup_steps=100, num_train_epochs=1, bf16=True, pooling="eos", value_norm="unit", lm="meta-llama/Llama-3.2-1B").items(): assert recipe[name] == value, name
     assert recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] == 32 and recipe["retriever"] in SHAPES
     assert recipe["groups"] == ("trumancai/revela_code_training_corpus" if path.stem.endswith("code") else "trumancai/revela_training_corpus")
+    assert recipe.get("whole_query_sources") == (["stackoverflow"] if path.stem.endswith("code") else None) # of a post the authors' code keeps the whole chunk
     assert main(["train", "--config", str(path), "--output_dir", str(tmp_path / "run"), *shrink(recipe, hub)]) == 0
     out, err = capsys.readouterr()
     assert "after 2 steps" in out and "parameters trained" in err and "2 steps" in err
+    assert ("whole chunk in 64 of 128 groups (source stackoverflow)" in err) == path.stem.endswith("code")
     assert last_checkpoint(tmp_path / "run").name == "checkpoint-2"
     adapter = json.loads((tmp_path / "run/retriever/adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"], len(adapter["target_modules"])) == (2, 64, 0.1, 7)
