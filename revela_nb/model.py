@@ -253,6 +253,7 @@ class Revela(WeighingModule):
         if spans: similarity, weights = (x.view(-1, len(input_ids), x.shape[1])[dist.get_rank()] for x in (similarity, weights))
         forward = spanning_forward if spans else in_batch_forward
         options = dict(value_norm=self.value_norm, min_weight=self.min_weight, plain=plain or self.dual_loss)
+        if not self.gather_chunks: options["group_size"] = group_size
         out = forward(self.lm, input_ids, attention_mask, weights, labels, **options)
         loss = out.loss + out.plain_loss if self.dual_loss else out.loss
         seen = (x if x is None else x.detach() for x in (out.loss, out.plain_loss, similarity, weights))
