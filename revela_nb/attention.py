@@ -42,12 +42,16 @@ def value_scale(
     value:Tensor, # (N, Hkv, L, D) values of one layer
     key_mask:Tensor, # (N, L) bool, True at real tokens
     value_norm:str, # "unit", "rescaled" or "none"
-)->Tensor|float: # factor on what is read from other chunks
+    group_size:int|None=None, # chunks per group, each of which has a mean of its own; None: one group
+)->Tensor|float: # factor on what is read from other chunks; (N, 1, 1, 1) where there are several groups
     "1, or with value_norm='rescaled' half the mean length of real tokens' values, without gradient. Raises ValueError."
     if value_norm not in VALUE_NORMS: raise ValueError(f"value_norm must be one of {VALUE_NORMS}, got {value_norm!r}")
     if value_norm != "rescaled": return 1.0
     real = key_mask[:, None].to(value.dtype)                                          # (N, 1, L)
-    return 0.5 * (value.detach().norm(dim=-1) * real).sum() / (real.sum() * value.shape[1]).clamp(min=1)
+    length = value.detach().norm(dim=-1) * real                                       # (N, Hkv, L)
+    if group_size in (None, len(value)): return 0.5 * length.sum() / (real.sum() * value.shape[1]).clamp(min=1)
+    total, count = (x.sum((1, 2)).view(-1, group_size).sum(1) for x in (length, real))                 # one number a group
+    return (0.5 * total / (count * value.shape[1]).clamp(min=1)).repeat_interleave(group_size).view(-1, 1, 1, 1).to(value.dtype)
 
 # %% ../nbs/04_attention.ipynb #c34ac09d
 def cross_chunk_einsum(

@@ -131,7 +131,7 @@ class Replug(Revela):
         input_ids: Tensor, # (N, L)
         attention_mask: Tensor, # (N, L)
         labels: Tensor | None = None, # (N, L)
-        group_size: int | None = None, # chunks per group; None: one group
+        group_size: int | None = None, plain: bool = True, # chunks per group, None: one group; as for `Revela`, without cost here
     ) -> RevelaOutput: # .loss to minimise
         "Embed, compare, ask the LM about every pair, and measure the disagreement."
         S = self.retriever(query_input_ids, query_attention_mask) @ self.retriever(passage_input_ids, passage_attention_mask).T

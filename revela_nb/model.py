@@ -57,7 +57,7 @@ class RevelaOutput(ModelOutput):
     "What `Revela` returns."
     loss: Tensor | None = None # scalar to minimise: in-batch loss, plus the plain loss if dual_loss
     in_batch_loss: Tensor | None = None # scalar, detached
-    plain_loss: Tensor | None = None # scalar, detached
+    plain_loss: Tensor | None = None # scalar, detached; None if it was not asked for
     similarity: Tensor | None = None # (B, B), detached; (B, kB) where a group spans k processes
     weights: Tensor | None = None # (B, B), detached; (B, kB) likewise
 
@@ -153,6 +153,7 @@ def spanning_forward(
     labels:Tensor, # (B, L) -100 = no loss
     value_norm:str="unit", # "unit", "rescaled" or "none"
     min_weight:float|None=None, # leave out pairs with this weight or less; None: exact to rounding
+    plain:bool=True, # the plain stream's loss, too
 )->InBatchOutput: # .loss and .plain_loss: means over *my* tokens
     "`in_batch_forward` for one process's share of a group that spans all. Every process must call it. Raises ValueError, TypeError."
     model, B = base_lm(lm), len(input_ids)
@@ -165,8 +166,8 @@ def spanning_forward(
     if reading.layers < expected:
         raise TypeError(f"{type(model).__name__}: only {reading.layers} of {expected} layers call the attention interface")
     targets = labels[:, 1:][positions[:, :-1]]
-    plain, in_batch = (F.cross_entropy(x.float(), targets, reduction="sum") / max(len(targets), 1) for x in logits[0].chunk(2))
-    return InBatchOutput(in_batch, plain)
+    quiet, busy = (F.cross_entropy(x.float(), targets, reduction="sum") / max(len(targets), 1) for x in logits[0].chunk(2))
+    return InBatchOutput(busy, quiet if plain else None)
 
 # %% ../nbs/06_model.ipynb #6a06c001
 class WeighingModule(nn.Module):
@@ -237,6 +238,7 @@ class Revela(WeighingModule):
         attention_mask:Tensor, # (B, L)
         labels:Tensor|None=None, # (B, L), -100 where there is no loss; None: all real tokens
         group_size:int|None=None, # chunks per group; None: the whole batch is one group
+        plain:bool=True, # the plain stream's loss, too; with dual_loss in any case
     )->RevelaOutput: # .loss to minimise; the rest detached, to look at
         "Embed, compare, weigh, read, predict."
         spans = self.gather_chunks and dist.is_initialized() and dist.get_world_size() > 1
@@ -250,6 +252,9 @@ class Revela(WeighingModule):
         weights = self.weigh(similarity, group_size)
         if spans: similarity, weights = (x.view(-1, len(input_ids), x.shape[1])[dist.get_rank()] for x in (similarity, weights))
         forward = spanning_forward if spans else in_batch_forward
-        out = forward(self.lm, input_ids, attention_mask, weights, labels, self.value_norm, min_weight=self.min_weight)
+        options = dict(value_norm=self.value_norm, min_weight=self.min_weight, plain=plain or self.dual_loss)
+        if not self.gather_chunks: options["group_size"] = group_size
+        out = forward(self.lm, input_ids, attention_mask, weights, labels, **options)
         loss = out.loss + out.plain_loss if self.dual_loss else out.loss
-        return RevelaOutput(loss, out.loss.detach(), out.plain_loss.detach(), similarity.detach(), weights.detach())
+        seen = (x if x is None else x.detach() for x in (out.loss, out.plain_loss, similarity, weights))
+        return RevelaOutput(loss, *seen)

@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
+from .attention import value_scale
 from .kernel import Pairs, list_pairs, read_chunks
 
 # %% ../nbs/05_patching.ipynb #0d509781
@@ -36,6 +37,7 @@ class Reading:
     value_norm: str # "unit", "rescaled" or "none"
     min_weight: float | None = None # pairs with this weight or less are left out; None: exact to rounding
     pairs: Pairs | None = None # the pairs worth computing, listed once a step; None: found in every layer
+    group_size: int | None = None # chunks per group; None: one group. "rescaled" takes its mean over a group
     layers: int = 0 # counts the attention layers that were reached
 
 # %% ../nbs/05_patching.ipynb #59c3070f
@@ -51,18 +53,18 @@ def in_batch_attention(
     **kwargs, # the rest is passed on to the stock attention
 )->tuple[Tensor, None]: # (2B, L, H, D) attention output; no attention weights
     "Stock causal attention for all rows, plus the cross-chunk sum for the in-batch rows (the doubled batch). Raises ValueError."
-    for name in ("softcap", "s_aux", "position_bias"):
-        if kwargs.get(name) is None: continue
-        raise ValueError(f"{type(module).__name__} uses {name}: the in-batch stream cannot be added to it")
+    used = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if used: raise ValueError(f"{type(module).__name__} uses {used[0]}: the in-batch stream cannot be added to it")
     if revela_reading is None:
         raise ValueError(f"{type(module).__name__} does not hand keyword arguments on to its attention function")
     r = revela_reading
     r.layers += 1
     plain, busy = zip(*(x.chunk(2) for x in (query, key, value)))
     masks = (None, None) if attention_mask is None else attention_mask.expand(len(query), -1, -1, -1).chunk(2)
-    ways = zip((plain, busy), masks)
-    out, added = (sdpa_attention_forward(module, *x, mask, scaling=scaling, **kwargs)[0] for x, mask in ways)
-    cross = read_chunks(busy[0], *plain[1:], r.weights, r.key_mask, scaling, r.value_norm, r.min_weight, r.pairs)
+    out, added = (sdpa_attention_forward(module, *x, mask, scaling=scaling, **kwargs)[0] for x, mask in zip((plain, busy), masks))
+    norm = "unit" if r.value_norm == "rescaled" else r.value_norm
+    cross = read_chunks(busy[0], *plain[1:], r.weights, r.key_mask, scaling, norm, r.min_weight, r.pairs)
+    if norm != r.value_norm: cross = cross * value_scale(plain[2].to(busy[0].dtype), r.key_mask, r.value_norm, r.group_size)
     return torch.cat([out, added + cross.transpose(1, 2).to(out.dtype)]), None
 
 # %% ../nbs/05_patching.ipynb #07c85b5e
@@ -276,12 +278,13 @@ def in_batch_forward(
     return_logits:bool=False, # also return (B, L, V) logits of the in-batch stream
     min_weight:float|None=None, # leave out pairs with this weight or less; None: exact to rounding
     plain:bool=True, # compute the plain stream's loss, too
+    group_size:int|None=None, # chunks per group, each with a volume of its own if "rescaled"; None: one group
 )->InBatchOutput: # .loss and .plain_loss (scalars), .logits
     "Both streams of Revela in one call on a doubled batch (Revela section 3.2). Raises ValueError, TypeError."
     check_batch(input_ids, attention_mask, weights, labels)
     labels = input_ids.masked_fill(attention_mask == 0, -100) if labels is None else labels
     positions, inputs = labelled_positions(labels, attention_mask), double(input_ids, attention_mask)
-    reading = Reading(weights, attention_mask.bool(), value_norm, min_weight)
+    reading = Reading(weights, attention_mask.bool(), value_norm, min_weight, group_size=group_size)
     if weights.is_cuda: reading.pairs = list_pairs(weights, reading.key_mask, min_weight)
     both, targets = positions.repeat(2, 1), labels[:, 1:][positions[:, :-1]]
     if not return_logits: return InBatchOutput(*stream_losses(lm, inputs, reading, both, targets, plain))

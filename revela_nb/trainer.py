@@ -33,10 +33,11 @@ from .retriever import Retriever
 # %% ../nbs/07_trainer.ipynb #c3e57b17
 @dataclass
 class RevelaArguments(TrainingArguments):
-    "All of `TrainingArguments`, three options of Revela's own, the paper's defaults. Raises ValueError for values without sense."
+    "All of `TrainingArguments`, four options of Revela's own, the paper's defaults. Raises ValueError for values without sense."
     retriever_learning_rate:float|None = field(default=None, metadata={"help": "peak rate of the retriever; None: learning_rate"})
     temperature_end:float|None = field(default=None, metadata={"help": "temperature at the last step, geometrically; None: constant"})
     max_loss:float|None = field(default=None, metadata={"help": "stop at a loss above this, nats per token; None: 3 ln(vocabulary)"})
+    plain_loss_steps:int = field(default=1, metadata={"help": "measure plain_loss and gain every so many steps; above 1: faster"})
     learning_rate:float = field(default=1e-4, metadata={"help": "peak learning rate, of the retriever, too, unless it has its own"})
     warmup_steps:float = field(default=100, metadata={"help": "steps of linear warm-up; below 1: a share of all steps"})
     num_train_epochs:float = field(default=1.0, metadata={"help": "passes over all groups, unless max_steps is given"})
@@ -49,9 +50,10 @@ class RevelaArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("temperature_end", "retriever_learning_rate", "max_loss"):
+        for name in ("temperature_end", "retriever_learning_rate", "max_loss", "plain_loss_steps"):
             value = getattr(self, name)
             if value is not None and not value > 0: raise ValueError(f"{name} must be above 0, got {value}")
+        if self.plain_loss_steps % 1: raise ValueError(f"plain_loss_steps must be a whole number, got {self.plain_loss_steps}")
         if self.data_seed is None: self.data_seed = self.seed
         if self.device.type == "cpu": self.dataloader_pin_memory = False
         self._n_gpu = min(self.n_gpu, 1) # DataParallel would cut groups apart
@@ -90,13 +92,14 @@ def step_figures(
     out:RevelaOutput, # of one forward
     *more:Tensor, # further scalars to bring along
 )->list[float]: # in the order of FIGURES, then `more`
-    "What to log of one batch, brought to the CPU in one copy."
+    "What to log of one batch, brought to the CPU in one copy; NaN for a plain loss that was not measured."
     entropy, similarity = torch.special.entr(out.weights.float()).sum(1), out.similarity.float() # (B,), (B, B) or (B, kB)
     rows = torch.arange(len(similarity), device=similarity.device)
     own = rows + (len(rows) * dist.get_rank() if similarity.shape[1] > len(rows) else 0) # column of a row's own passage
     others = similarity[own[:, None] != torch.arange(similarity.shape[1], device=rows.device)]
     std, mean = torch.std_mean(others, correction=0)
-    figures = (out.loss, out.in_batch_loss, out.plain_loss, entropy.exp().mean(), entropy.mean(),
+    plain = torch.full_like(out.loss, math.nan) if out.plain_loss is None else out.plain_loss
+    figures = (out.loss, out.in_batch_loss, plain, entropy.exp().mean(), entropy.mean(),
                mean, std, others.max() if len(others) else mean)
     return torch.stack([x.detach().float() for x in (*figures, *more)]).tolist()
 
@@ -135,7 +138,7 @@ class StoppingTrainer(CheckpointTrainer):
     def check_losses(self,
         figures:list[float], # as `step_figures` gives them
     )->None:
-        "Stop if a loss is not finite or above `max_loss`."
+        "Stop if a loss is not finite or above `max_loss`. (A plain loss of NaN was not measured; `max` keeps the first then.)"
         limit = self.args.max_loss or 3 * math.log(self.revela.lm.config.get_text_config().vocab_size)
         if not math.isfinite(figures[0]): self.stop(f"loss is {figures[0]}")
         if max(figures[1:3]) > limit: self.stop(f"loss is {max(figures[1:3]):.4g} nats a token, above max_loss = {limit:.4g},")
@@ -158,8 +161,7 @@ def part_norms(
 # %% ../nbs/07_trainer.ipynb #70000005
 class WatchingTrainer(StoppingTrainer):
     "`StoppingTrainer` that logs what matters."
-    tokens, since = 0, 0.0 # of the log line in the making, and when it began
-    norms:dict[str, float] = {} # of the last step that was looked at
+    tokens, since, norms = 0, 0.0, {} # of the log line in the making; when it began; of the last step that was looked at
 
     def watch(self,
         inputs:dict, # the batch
@@ -172,15 +174,18 @@ class WatchingTrainer(StoppingTrainer):
         self.check_losses(figures)
         if not self.tokens: self.since = time.perf_counter() # evaluation does not count
         self.tokens += int(tokens)
-        for name, x in zip((*FIGURES, "steps"), (*figures, 1.0)): self.sums[name] = self.sums.get(name, 0.0) + share * x
+        plain = {"plain_loss": 0.0} if out.plain_loss is None else {"measured": 1.0, "measured_loss": figures[1]}
+        for name, x in dict(zip(FIGURES, figures), steps=1.0, **plain).items(): self.sums[name] = self.sums.get(name, 0.0) + share * x
 
     def figures(self)->dict[str, float]:
-        "Means since the last log line, which begins anew."
+        "Means since the last log line, which begins anew; plain_loss and gain of the steps that measured them, if any did."
         sums, self.sums = mean_sums(self.sums, self.accelerator), {}
         speed, self.tokens = self.tokens / max(1e-9, time.perf_counter() - self.since), 0
-        means = {name: sums[name] / sums["steps"] for name in FIGURES} | {"temperature": self.revela.temperature}
+        steps = dict.fromkeys(FIGURES, sums["steps"]) | {"plain_loss": sums.get("measured")}
+        means = {name: sums[name] / n for name, n in steps.items() if n} | {"temperature": self.revela.temperature}
         if speed: means["tokens_per_second"] = round(speed, 1)
-        return means | {"gain": means["plain_loss"] - means["in_batch_loss"]} | self.norms
+        if "plain_loss" in means: means["gain"] = means["plain_loss"] - sums["measured_loss"] / sums["measured"]
+        return means | self.norms
 
 # %% ../nbs/07_trainer.ipynb #70000007
 class LoggingTrainer(WatchingTrainer):
@@ -233,7 +238,7 @@ class WeightingTrainer(LoggingTrainer):
         tokens, path = predicted_tokens(inputs), (self.args.temperature_end, self.state.global_step, self.state.max_steps)
         share = tokens / (tokens if num_items_in_batch is None else num_items_in_batch).clamp(min=1)
         if model.training: self.revela.temperature = scheduled_temperature(self.first_temperature, *path)
-        out = model(**inputs)
+        out = model(**inputs, plain=self.state.global_step % self.args.plain_loss_steps == 0)
         if model.training: self.watch(inputs, out, share)
         return (out.loss * share, out) if return_outputs else out.loss * share
 

@@ -217,7 +217,7 @@ class TrainOptions(MethodOptions):
 
 # %% ../nbs/18_training.ipynb #92f38b79
 HARMLESS = ("config", "output_dir", "verbose", "run", "parser", "check", "logging_", "log_", "save_", "eval_", "report_to",
-            "per_device_train", "gradient_accumulation", "resume_", "disable_tqdm", "dataloader_num_workers")
+            "per_device_train", "gradient_accumulation", "resume_", "disable_tqdm", "dataloader_num_workers", "plain_loss_steps")
 RECORD = "revela_run.json"
 
 def run_record(

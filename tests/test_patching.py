@@ -200,13 +200,15 @@ def test_a_head_that_scales_its_logits_is_run_in_whole():
 
 @pytest.mark.parametrize("path, value_norm", [*((p, norm) for p in ("matmul", "sdpa") for norm in ("unit", "rescaled", "none")), ("triton", "unit")], indirect=["path"])
 def test_groups_in_one_batch_learn_what_they_learn_one_by_one(path, value_norm):
-    "Loss and every gradient; with `rescaled` the groups share one volume, so they are alike in it only if they are the same chunks."
+    "Loss and every gradient, of different chunks at different volumes: `rescaled` takes its mean over each group."
     torch.manual_seed(0)
     model = NARROW["narrow" if path == "triton" else "qwen3"]().train()
-    texts = [rows([6, 6, 6], seed=0), rows([6, 6, 6], seed=0 if value_norm == "rescaled" else 1)]
+    texts = [rows([6, 6, 6], seed=0), [r % 9 + 5 for r in rows([6, 6, 6], seed=1)]]
+    with torch.no_grad(): model.model.embed_tokens.weight[14:] *= 3                                                  # tokens that only the first group has
     pairs = [weights(seed=3), weights(seed=4)]
-    together, grad = gradients(model, *pad(texts[0] + texts[1], 6), torch.block_diag(*pairs), value_norm=value_norm)
-    (loss0, grad0), (loss1, grad1) = (gradients(model, *pad(t, 6), w, value_norm=value_norm) for t, w in zip(texts, pairs))
+    together, grad = gradients(model, *pad(texts[0] + texts[1], 6), torch.block_diag(*pairs), value_norm=value_norm, group_size=3)
+    (loss0, grad0), (loss1, grad1) = (gradients(model, *pad(t, 6), w, value_norm=value_norm, group_size=g) for t, w, g in zip(texts, pairs, (3, None)))
+    if value_norm == "rescaled": assert abs(gradients(model, *pad(texts[0] + texts[1], 6), torch.block_diag(*pairs), value_norm=value_norm)[0] - together) > 1e-5     # as one group
     torch.testing.assert_close(together, (loss0 + loss1) / 2, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(grad[36:], (grad0[9:] + grad1[9:]) / 2, atol=2e-5, rtol=1e-4)
     block = grad[:36].view(6, 6)
@@ -291,3 +293,21 @@ def test_no_tensor_is_larger_than_the_mlps(path, monkeypatch):
     with Written() as ours: step(lm, 16, 16).backward()
     with attention_by(authors_attention), Written() as einsum: step(lm, 16, 16).backward()
     assert ours.largest == 2 * 16 * 24 * 48 and einsum.largest == 16 * 16 * 2 * 24 * 24 == 8 * ours.largest
+
+
+def test_another_groups_values_do_not_change_my_volume():
+    "Three times longer values in the second group: the first group's output stays to the last bit, through `Revela`, too, unless all chunks are one group."
+    torch.manual_seed(0)
+    values, mask = torch.randn(6, 2, 5, 8), torch.rand(6, 5) < 0.8
+    louder = torch.cat([values[:3], 3 * values[3:]])
+    one, other = (attention.value_scale(v, mask, "rescaled", 3) for v in (values, louder))
+    assert one.shape == (6, 1, 1, 1) and torch.equal(one[:3], other[:3]) and torch.allclose(3 * one[3:], other[3:])
+    for part, m, alone in zip(one.split(3), mask.split(3), values.split(3)): torch.testing.assert_close(part, attention.value_scale(alone, m, "rescaled").expand(3, 1, 1, 1))
+    assert torch.equal(attention.value_scale(values, mask, "rescaled", 6), attention.value_scale(values, mask, "rescaled"))
+    from test_trainer import COLLATOR, GROUPS, make_model
+    model, batch = make_model(), COLLATOR([GROUPS[0], {"texts": ["Python lists grow", "A list", "Dogs bark", "Append", "A tuple", "order"]}])
+    model.value_norm, share = "rescaled", [(batch["attention_mask"][i:i + 6].sum(1) - 1).sum() for i in (0, 6)]
+    alone = [model(**COLLATOR([g])).loss for g in (GROUPS[0], {"texts": ["Python lists grow", "A list", "Dogs bark", "Append", "A tuple", "order"]})]
+    torch.testing.assert_close(model(**batch).loss, sum(n * x for n, x in zip(share, alone)) / sum(share), atol=1e-6, rtol=0)
+    model.gather_chunks = True
+    assert abs(model(**batch).loss - sum(n * x for n, x in zip(share, alone)) / sum(share)) > 1e-6

@@ -373,6 +373,48 @@ def test_sigkill_while_stepping_and_while_writing(tmp_path):
         torch.testing.assert_close(x, trainable_state(whole.model)[name], atol=1e-6, rtol=0)
 
 
+# ------------------------------------------------------------------ the plain stream's loss, now and then
+
+def test_plain_loss_is_measured_every_so_many_steps(tmp_path):
+    "Same weights; plain_loss and gain are those of the measured steps, 1, 4 and 7, and lines without one leave both out; with two batches a step, too."
+    for more in ({}, dict(rows=UNEVEN, gradient_accumulation_steps=2)):
+        settings = dict(max_steps=8, train_sampling_strategy="sequential") | more
+        every, third = train(tmp_path / "1", make_model(dropout=0.1), **settings), train(tmp_path / "3", make_model(dropout=0.1), plain_loss_steps=3, **settings)
+        same_weights(every.model, third.model)
+        assert curve(every) == curve(third) and curve(every, "in_batch_loss") == curve(third, "in_batch_loss")
+        for name in ("plain_loss", "gain"): assert {r["step"]: r[name] for r in third.state.log_history if name in r} == {n + 1: curve(every, name)[n] for n in (0, 3, 6)}
+        pairs = train(tmp_path / "pairs", make_model(dropout=0.1), plain_loss_steps=3, logging_steps=2, **settings)
+        assert [r["step"] for r in pairs.state.log_history if "gain" in r] == [2, 4, 8] == [r["step"] for r in pairs.state.log_history if "plain_loss" in r]
+        assert curve(pairs, "gain") == pytest.approx([curve(every, "gain")[n] for n in (0, 3, 6)], abs=1e-6)                # not mixed with the in-batch loss of the other step
+        fours = train(tmp_path / "fours", make_model(dropout=0.1), plain_loss_steps=3, logging_steps=4, **settings)
+        assert curve(fours, "plain_loss") == pytest.approx([(curve(every, "plain_loss")[0] + curve(every, "plain_loss")[3]) / 2, curve(every, "plain_loss")[6]], abs=1e-6)
+
+
+def test_plain_loss_is_not_computed_between(tmp_path, monkeypatch):
+    seen, forward = [], Revela.forward
+    monkeypatch.setattr(Revela, "forward", lambda self, *a, **k: seen.append(forward(self, *a, **k)) or seen[-1])
+    train(tmp_path / "a", max_steps=4, plain_loss_steps=3)
+    assert [out.plain_loss is None for out in seen] == [False, True, True, False]
+    dual = make_model()
+    dual.dual_loss = True
+    assert all("gain" in r for r in train(tmp_path / "b", dual, max_steps=4, plain_loss_steps=3).state.log_history[:-1])      # is trained, so it is known
+    assert all(out.plain_loss is not None for out in seen[4:])
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 2.5])
+def test_plain_loss_steps_is_a_whole_number(wrong):
+    with pytest.raises(ValueError, match="plain_loss_steps must be"): RevelaArguments(output_dir="x", plain_loss_steps=wrong)
+
+
+def test_resume_keeps_the_phase_of_plain_loss_steps(tmp_path):
+    "Stopped after step 5, from a checkpoint at 3 in the middle of a log line; measured are steps 1, 6 and 11."
+    settings = SETTINGS | dict(plain_loss_steps=5)
+    whole = train(tmp_path / "whole", make_model(dropout=0.1), **settings)
+    resumed = stopped_and_resumed(tmp_path / "stopped", lambda: make_model(dropout=0.1), 5, **settings)
+    for name in ("loss", "plain_loss", "gain", "in_batch_loss"): assert curve(resumed, name) == curve(whole, name) and len(curve(whole, name)) == 3
+    same_weights(whole.model, resumed.model)
+
+
 # ------------------------------------------------------------------ the language model
 
 def test_build_lm(backbone, tmp_path):
