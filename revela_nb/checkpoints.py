@@ -123,15 +123,19 @@ def set_aside(
 def read_pending(
     folder:str|Path, # a complete checkpoint
     groups_per_step:int, # of the run that wants to go on
+    groups_as_one:int=1, # of which so many are read as one group
 )->dict[str, float]: # the log's running sums
-    "What the log had summed up when the checkpoint was made. Raises a ValueError where the order of the data would change."
+    "What the log had summed up. Raises a ValueError where the order of the data, or what a group is, would change."
     sums = json.loads((Path(folder) / "pending_log.json").read_text(encoding="utf-8"))
-    there = sums.pop("groups_per_step", None)
-    if there not in (None, groups_per_step):
-        raise ValueError(f"'{folder}' was made with {there:g} groups a step, this run has {groups_per_step}: "
-                         "the order of the data would change. Set gradient_accumulation_steps or per_device_train_batch_size "
-                         f"so that processes x accumulation x groups is {there:g}.")
-    return sums
+    there, as_one = sums.pop("groups_per_step", groups_per_step), sums.pop("groups_as_one", groups_as_one)
+    if (there, as_one) == (groups_per_step, groups_as_one): return sums
+    gathered = f", of which {as_one:g} are one (gather_chunks)" if as_one > 1 else ""
+    now = f"this run has {groups_per_step}" + (f" and makes {groups_as_one} one" if max(groups_as_one, as_one) > 1 else "")
+    what = "the order of the data" if there != groups_per_step else "what a group is"
+    same = f"processes x accumulation x groups is {there:g}"
+    if as_one > 1: same = f"processes x groups is {as_one:g}, and {same}"
+    raise ValueError(f"'{folder}' was made with {there:g} groups a step{gathered}, {now}: {what} would change. "
+                     f"Set gradient_accumulation_steps or per_device_train_batch_size so that {same}.")
 
 # %% ../nbs/06b_checkpoints.ipynb #6b00001a
 def resume_folder(
@@ -157,11 +161,18 @@ def resume_folder(
 class ResumingTrainer(Trainer):
     "`Trainer` that goes on from the newest complete checkpoint, in data and log, too."
     sums:dict[str, float] = {} # weighted figures since the last log line, and the number of steps they stand for
+    since:float|None = None # when the log line in the making began; None: it begins with the next step
 
     @property
     def groups_per_step(self)->int:
         "Over all processes; what a run on another number of processes must keep."
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    @property
+    def groups_as_one(self)->int:
+        "Groups that are read as one: all of a forward, over all processes, where the model gathers its chunks; else 1."
+        gathers = getattr(self.accelerator.unwrap_model(self.model), "gather_chunks", False)
+        return self.args.train_batch_size * self.args.world_size if gathers else 1
 
     def train(self,
         resume_from_checkpoint:str|Path|bool|None=None, # a checkpoint; True: the newest complete one, if any
@@ -171,7 +182,7 @@ class ResumingTrainer(Trainer):
         "As `Trainer.train`; True goes on from the newest complete checkpoint or begins. Raises ValueError for a broken one."
         folder = resume_folder(resume_from_checkpoint, self.args.output_dir, self.accelerator)
         if folder: log.info("going on from '%s'", folder)
-        self.sums = read_pending(folder, self.groups_per_step) if folder else {}
+        self.sums, self.since = read_pending(folder, self.groups_per_step, self.groups_as_one) if folder else {}, None
         return super().train(str(folder) if folder else None, trial, ignore_keys_for_eval)
 
 # %% ../nbs/06b_checkpoints.ipynb #6b00001d
@@ -219,7 +230,7 @@ class CheckpointTrainer(ResumingTrainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if not self.args.should_save: return
-            pending = sums | {"groups_per_step": self.groups_per_step}
+            pending = sums | {"groups_per_step": self.groups_per_step, "groups_as_one": self.groups_as_one}
             (folder / "pending_log.json").write_text(json.dumps(pending) + "\n", encoding="utf-8")
             seal_checkpoint(folder)
         except (OSError, RuntimeError, SafetensorError) as error: explain_failed_save(folder, error)

@@ -158,7 +158,7 @@ def part_norms(
 # %% ../nbs/07_trainer.ipynb #70000005
 class WatchingTrainer(StoppingTrainer):
     "`StoppingTrainer` that logs what matters."
-    tokens, since = 0, 0.0 # of the log line in the making, and when it began
+    tokens:Tensor|int = 0 # of the log line in the making, this process's
     norms:dict[str, float] = {} # of the last step that was looked at
 
     def watch(self,
@@ -168,18 +168,18 @@ class WatchingTrainer(StoppingTrainer):
     )->None:
         "Add a batch to the running sums, with its share of the step; stop if its loss is not finite."
         self.batch = inputs
-        *figures, share, tokens = step_figures(out, share, inputs["attention_mask"].sum())
+        *figures, share = step_figures(out, share)
         self.check_losses(figures)
-        if not self.tokens: self.since = time.perf_counter() # evaluation does not count
-        self.tokens += int(tokens)
+        self.tokens = self.tokens + inputs["attention_mask"].sum()
         for name, x in zip((*FIGURES, "steps"), (*figures, 1.0)): self.sums[name] = self.sums.get(name, 0.0) + share * x
 
     def figures(self)->dict[str, float]:
         "Means since the last log line, which begins anew."
         sums, self.sums = mean_sums(self.sums, self.accelerator), {}
-        speed, self.tokens = self.tokens / max(1e-9, time.perf_counter() - self.since), 0
+        tokens, seconds = int(self.accelerator.reduce(self.tokens)), time.perf_counter() - self.since
         means = {name: sums[name] / sums["steps"] for name in FIGURES} | {"temperature": self.revela.temperature}
-        if speed: means["tokens_per_second"] = round(speed, 1)
+        means["tokens_per_second"] = round(tokens / max(1e-9, seconds), 1)
+        self.tokens, self.since = 0, self.since + seconds
         return means | {"gain": means["plain_loss"] - means["in_batch_loss"]} | self.norms
 
 # %% ../nbs/07_trainer.ipynb #70000007
@@ -200,6 +200,15 @@ class LoggingTrainer(WatchingTrainer):
         "Add the figures since the last line, and log as `Trainer` does."
         if "loss" in logs and self.sums: logs.update(self.figures())
         super().log(logs, start_time)
+
+    def _run_epoch(self, *args, **kwargs)->None:
+        if self.since is None: self.since, self.tokens = time.perf_counter(), 0
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs)->None:
+        begin = time.perf_counter()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.since += time.perf_counter() - max(begin, self.since) # if a line was written, the next begins now
 
 # %% ../nbs/07_trainer.ipynb #70000009
 def predicted_tokens(
