@@ -186,6 +186,13 @@ def test_temperature_schedule(tmp_path):
     assert scheduled_temperature(0.1, 0.01, 0, 1) == 0.1
 
 
+def test_a_learnt_temperature_has_no_schedule(tmp_path):
+    model = make_model()
+    learnt = Revela(model.retriever, model.lm, learn_temperature=True)
+    with pytest.raises(ValueError, match="temperature_end"): train(tmp_path, learnt, temperature_end=0.01)
+    train(tmp_path, learnt, max_steps=1)
+
+
 def test_activation_checkpointing_changes_nothing(tmp_path):
     plain, recomputed = train(tmp_path / "a", make_model(dropout=0.1)), train(tmp_path / "b", make_model(dropout=0.1), activation_checkpointing=True)
     assert curve(plain) == pytest.approx(curve(recomputed), abs=1e-5)
