@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['matmul_weights', 'step_operations', 'activation_bytes', 'device_memory', 'logit_rows', 'needed_memory',
            'measure_rate', 'Plan', 'count_parameters', 'count_steps', 'plan_run', 'advise', 'refuse_oversized',
-           'LogToFile', 'StopOnSignal']
+           'LogToFile', 'StopOnSignal', 'patience_options', 'StopWithoutGain']
 
 # %% ../nbs/17_launch.ipynb #f42bbb01
 import json, math, os, signal, time
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from .model import Revela
 from .patching import TOKENS, base_lm
@@ -236,3 +236,27 @@ class StopOnSignal(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs)->None:
         "Give the signal back."
         signal.signal(signal.SIGTERM, self.before)
+
+# %% ../nbs/17_launch.ipynb #5a0d1e11
+def patience_options(
+    given:dict, # options by name, as typed
+)->dict: # those that follow from patience, and replace what was typed
+    "Judge by nDCG@10, save at every evaluation, end with the best. Raises a ValueError where that cannot be."
+    if not given["patience"]: return {}
+    if not given["eval_beir"]: raise ValueError("--patience needs figures that may stop gaining: give --eval_beir FOLDER")
+    how, every = str(given["eval_strategy"]), given["eval_steps"] or given["logging_steps"]
+    saves = {"save_strategy": how} | ({"save_steps": every} if how == "steps" else {})
+    usual = {"save_strategy": "steps", "save_steps": 500} # transformers' defaults: nobody asked for them
+    typed = [name for name in saves if given[name] not in (usual[name], saves[name])]
+    if typed:
+        now, right = (", ".join(f"--{name} {x[name]}".removesuffix(".0") for name in typed) for x in (given, saves))
+        raise ValueError(f"--patience ends with the best checkpoint, so one is needed at every evaluation: {right} instead of {now}")
+    metric = given["metric_for_best_model"] or "ndcg@10"
+    return saves | {"metric_for_best_model": metric, "load_best_model_at_end": True, "restore_callback_states_from_checkpoint": True}
+
+class StopWithoutGain(EarlyStoppingCallback):
+    "transformers' early stopping that, when a run is started again, knows that it had stopped it."
+    def on_train_begin(self, args, state, control, **kwargs)->None:
+        "Take no step more where patience was at its end when the checkpoint was made."
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience: control.should_training_stop = True

@@ -213,7 +213,7 @@ class TrainOptions(MethodOptions):
         "help": "groups whose src is one of these: the query is the whole chunk, not its first half (code recipes: stackoverflow)"})
     eval_beir:str|None = field(default=None, metadata={"help": "a BEIR folder to evaluate on during training"})
     patience:int = field(default=0, metadata={
-        "help": "stop after so many evaluations without gain (needs metric_for_best_model, for example ndcg@10); 0: never"})
+        "help": "stop after so many evaluations without gain in metric_for_best_model (ndcg@10), and keep the best; 0: never"})
 
 # %% ../nbs/18_training.ipynb #92f38b79
 HARMLESS = ("config", "output_dir", "verbose", "run", "parser", "check", "logging_", "log_", "save_", "eval_", "report_to",
@@ -331,12 +331,11 @@ def run_training(
     started:bool, # whether the folder holds a part of it: go on from the last complete checkpoint
 )->None:
     "Train, log, stop on a signal, save; writes the first file."
-    from transformers import EarlyStoppingCallback
     from revela_nb.demo import versions
-    from revela_nb.launch import LogToFile, StopOnSignal
+    from revela_nb.launch import LogToFile, StopOnSignal, StopWithoutGain
     from revela_nb.trainer import RevelaTrainer
     folder, stop = Path(arguments.output_dir), StopOnSignal()
-    callbacks = [LogToFile(folder / "log.jsonl"), stop, *([EarlyStoppingCallback(options.patience)] if options.patience else [])]
+    callbacks = [LogToFile(folder / "log.jsonl"), stop, *([StopWithoutGain(options.patience)] if options.patience else [])]
     trainer = RevelaTrainer(model=model, args=arguments, train_dataset=groups, data_collator=collator,
                             evaluate_retriever=beir_evaluation(options.eval_beir), callbacks=callbacks)
     if arguments.should_save: write_json(record | {"versions": versions()}, folder / RECORD)
@@ -345,7 +344,8 @@ def run_training(
     step = trainer.state.global_step
     if stop.stopped: return log.warning("stopped by SIGTERM after step %d, which is saved: start the same command to go on", step)
     trainer.save_retriever(folder / "retriever")
-    if arguments.should_save: print(f"{folder / 'retriever'}: the trained retriever after {step} steps")
+    best = f", the best, of step {trainer.state.best_global_step}" if arguments.load_best_model_at_end else ""
+    if arguments.should_save: print(f"{folder / 'retriever'}: the trained retriever after {step} steps{best}")
 
 # %% ../nbs/18_training.ipynb #b9908480
 def read_arguments(
@@ -353,12 +353,16 @@ def read_arguments(
 ): # TrainOptions and RevelaArguments
     "The method's options and the trainer's. Raises a ValueError for options that do not go together."
     from transformers import HfArgumentParser
+    from revela_nb.launch import patience_options
     from revela_nb.trainer import RevelaArguments
     check_given(args.corpus, args.groups, args.output_dir)
-    options, arguments = HfArgumentParser((TrainOptions, RevelaArguments)).parse_dict(vars(args), allow_extra_keys=True)
+    values = vars(args) | patience_options(vars(args))
+    options, arguments = HfArgumentParser((TrainOptions, RevelaArguments)).parse_dict(values, allow_extra_keys=True)
     if args.disable_tqdm is None: arguments.disable_tqdm = not sys.stderr.isatty() # a bar is for somebody who watches
     if options.eval_beir and arguments.eval_strategy == "no":
         raise ValueError("--eval_beir needs --eval_strategy epoch, or steps with --eval_steps N")
+    if options.learn_temperature and arguments.temperature_end:
+        raise ValueError("--learn_temperature and --temperature_end: the temperature is learnt or follows a schedule, not both")
     return options, arguments
 
 # %% ../nbs/18_training.ipynb #c4c2f5d8

@@ -333,6 +333,10 @@ def test_train_refuses_models_and_folders(config, capsys, models):
     refused(capsys, ["train", config, "--value_norm", "l1"], "value_norm")
     refused(capsys, ["train", config, "--eval_beir", "notes", "--eval_strategy", "epoch"], "notes")
     refused(capsys, ["train", config, "--eval_beir", "notes"], "eval_strategy")
+    refused(capsys, ["train", config, "--learn_temperature", "--temperature_end", "0.01"], "learn_temperature", "temperature_end", "not both")
+    refused(capsys, ["train", config, "--patience", "2"], "--eval_beir")
+    refused(capsys, ["train", config, "--patience", "2", "--eval_beir", "notes"], "eval_strategy")
+    refused(capsys, ["train", config, "--patience", "2", "--eval_beir", "notes", "--eval_strategy", "steps", "--eval_steps", "3"], "--save_steps 3 instead of --save_steps 2")
     refused(capsys, ["train", config, "--output_dir", "notes"], "notes")
     refused(capsys, ["train", config, "--output_dir", "notes/pets.md"], "pets.md")
 
@@ -382,6 +386,37 @@ def test_lora_on_either_model(models, other_model, part):
     for name, x in (("retriever", model.retriever), ("lm", model.lm)):
         trained = [n for n, p in x.named_parameters() if p.grad is not None and p.grad.any()]
         assert trained and all("lora" in n for n in trained) == adapted[name]
+
+
+def test_patience_stops_keeps_the_best_and_survives_a_kill(config, beir, capsys, monkeypatch):
+    "nDCG@10 is best at step 2 and patience 2: the run stops after step 4, and what is saved is the retriever of step 2; also where it is killed in step 4, and where it is killed after it."
+    import torch
+    from safetensors.torch import load_file
+    import revela_nb.training as training
+    scores = {1: 0.2, 2: 0.3, 3: 0.1, 4: 0.25, 5: 0.9, 6: 0.9}
+    def scripted(kill_at=None):
+        def figures(retriever):
+            steps.append(1 + max((int(p.name.split("-")[1]) for p in Path(out).glob("checkpoint-*")), default=0))
+            if steps[-1] == kill_at: raise KeyboardInterrupt
+            return {"ndcg@10": scores[steps[-1]]}
+        monkeypatch.setattr(training, "beir_evaluation", lambda folder: figures)
+        steps = []
+        return steps
+    words = ["train", config, "--max_steps", "8", "--patience", "2", "--eval_beir", "beir", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
+    out, steps = "out", scripted()
+    assert main(words) == 0 and steps == [1, 2, 3, 4]
+    assert "after 4 steps, the best, of step 2" in capsys.readouterr().out
+    kept, best, last = (load_file(f"out/{name}/model.safetensors") for name in ("retriever", "checkpoint-2", "checkpoint-4"))
+    assert all(torch.equal(x, best[f"retriever.encoder.{n}"]) for n, x in kept.items())
+    assert not all(torch.equal(x, last[f"retriever.encoder.{n}"]) for n, x in kept.items())
+    def same(folder): return all(torch.equal(x, kept[n]) for n, x in load_file(f"{folder}/retriever/model.safetensors").items())
+    out, steps = "killed", scripted(kill_at=4)
+    assert main([*words, "--output_dir", out]) != 0 and not Path("killed/retriever").exists()
+    steps = scripted()
+    assert main([*words, "--output_dir", out]) == 0 and steps == [4] and same(out)
+    shutil.rmtree("out/retriever") # killed after the last evaluation, before the retriever was there
+    out, steps = "out", scripted()
+    assert main(words) == 0 and steps == [] and same("out") and not Path("out/checkpoint-5").exists()
 
 
 def test_killed_run_goes_on(config):

@@ -121,3 +121,15 @@ def test_many_processes_train_like_one(tmp_path, world, gather):
     one, many = load_file(tmp_path / "one/result"), load_file(tmp_path / "many/result")
     assert one["loss"][-1] < one["loss"][0]
     for name in one: torch.testing.assert_close(many[name], one[name], atol=1e-5, rtol=1e-5 if name == "norm" else 0, msg=lambda m: f"{name}: {m}")
+
+
+def counted_run(rank, world, folder):
+    with pytest.MonkeyPatch.context() as patch: trainer = toy.train(folder, make_model(), rows=toy.Dataset.from_dict({"texts": ROWS}), max_steps=2, callbacks=[toy.Clock(patch)], train_sampling_strategy="sequential")
+    (Path(folder) / f"speed{rank}").write_text(str(toy.curve(trainer, "tokens_per_second")))
+
+
+def test_tokens_per_second_are_those_of_all_processes(tmp_path):
+    run(counted_run, 2, tmp_path)
+    tokens = [toy.COLLATOR([{"texts": texts}])["attention_mask"].sum().item() for texts in ROWS]
+    assert tokens[0] != tokens[1]
+    assert all((tmp_path / f"speed{rank}").read_text() == str([round((tokens[i] + tokens[i + 1]) / 3, 1) for i in (0, 2)]) for rank in (0, 1))

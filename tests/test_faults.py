@@ -210,3 +210,35 @@ def test_lost_worker(tmp_path, four_groups):
 def test_another_batch_size_is_refused(tmp_path):
     train(tmp_path, max_steps=2)
     with pytest.raises(ValueError, match="made with 1 groups a step, this run has 3"): train(tmp_path, resume=True, gradient_accumulation_steps=3)
+
+
+def gathering():
+    model = toy.make_model()
+    model.gather_chunks = True
+    return model
+
+
+@pytest.mark.parametrize("more", [dict(gradient_accumulation_steps=4), dict(per_device_train_batch_size=2, gradient_accumulation_steps=3)], ids=["as many groups", "other groups"])
+def test_gathered_groups_are_refused_in_another_split(tmp_path, more):
+    "2 groups read as one, twice a step: the same 4 groups one by one are another training, though their order is the same."
+    made = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    train(tmp_path, max_steps=2, model=gathering(), **made)
+    what, same = ("what a group is", r"this run has 4 and makes 1 one") if "per_device_train_batch_size" not in more else ("the order of the data", "this run has 6 and makes 2 one")
+    with pytest.raises(ValueError, match=rf"made with 4 groups a step, of which 2 are one .gather_chunks., {same}: {what} would change.* processes x groups is 2, and processes x accumulation x groups is 4"):
+        train(tmp_path, resume=True, model=gathering(), **more)
+    train(tmp_path, max_steps=4, resume=True, model=gathering(), **made)
+
+
+def test_groups_of_their_own_may_be_split_otherwise(tmp_path):
+    train(tmp_path, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    assert train(tmp_path, max_steps=4, resume=True, gradient_accumulation_steps=4).state.global_step == 4
+
+
+def gathered_run(rank, world, folder): train(folder, True, model=gathering(), **EVEN | {"max_steps": 2, "per_device_train_batch_size": 2 // world})
+
+
+def test_gathered_groups_go_on_where_processes_take_the_place_of_a_batch(tmp_path):
+    "2 processes with a group each, then 1 with both: one group as before."
+    run(gathered_run, 2, tmp_path)
+    assert json.loads((tmp_path / "checkpoint-2/pending_log.json").read_text())["groups_as_one"] == 2
+    assert train(tmp_path, True, model=gathering(), **EVEN | {"max_steps": 4, "per_device_train_batch_size": 2}).state.global_step == 4

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+import revela_nb.trainer as trainer_module
 from revela_nb.batching import GroupCollator
 from revela_nb.model import Revela
 from revela_nb.loading import LORA_TARGETS
@@ -104,6 +106,26 @@ def test_log_is_the_mean_since_the_last_line(tmp_path):
         assert curve(third, name) == pytest.approx([sum(curve(every, name)[i:i + 3]) / 3 for i in (0, 3)], abs=1e-6)
 
 
+class Clock(TrainerCallback):
+    "A clock that only moves where the test says: 3 seconds before every forward, 5 in every evaluation, 7 in every save."
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(trainer_module, "time", SimpleNamespace(perf_counter=lambda: self.now))
+    def on_step_begin(self, *args, **kwargs): self.now += 3
+    def on_evaluate(self, *args, **kwargs): self.now += 5
+    def on_save(self, *args, **kwargs): self.now += 7
+
+
+def test_tokens_per_second(tmp_path, monkeypatch):
+    "All tokens of a log line over all its seconds, its first forward included; evaluating and saving are not among them."
+    trainer = train(tmp_path, callbacks=[Clock(monkeypatch)], logging_steps=2, evaluate_retriever=lambda r: {"x": 0.0}, eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=2)
+    tokens = COLLATOR([GROUPS[0]])["attention_mask"].sum().item() # every group holds the same chunks
+    assert curve(trainer, "tokens_per_second") == [round(2 * tokens / 6, 1)] * 3
+    trainer.args.max_steps = 8 # and again: nothing of the first training counts
+    trainer.train()
+    assert curve(trainer, "tokens_per_second") == [round(2 * tokens / 6, 1)] * 4
+
+
 def test_dual_loss_is_reported_apart(tmp_path):
     model = make_model()
     model.dual_loss = True
@@ -162,6 +184,13 @@ def test_temperature_schedule(tmp_path):
     assert curve(trainer, "temperature") == pytest.approx([0.2 * 10 ** (-i / 2) for i in range(5)], rel=1e-9)
     assert curve(train(tmp_path), "temperature") == [0.05] * 6
     assert scheduled_temperature(0.1, 0.01, 0, 1) == 0.1
+
+
+def test_a_learnt_temperature_has_no_schedule(tmp_path):
+    model = make_model()
+    learnt = Revela(model.retriever, model.lm, learn_temperature=True)
+    with pytest.raises(ValueError, match="temperature_end"): train(tmp_path, learnt, temperature_end=0.01)
+    train(tmp_path, learnt, max_steps=1)
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path):
