@@ -35,6 +35,10 @@ maximum_signature_line_length = 88
 add_module_names = False
 toc_object_entries = False
 
+linkcheck_ignore = [r"https?://(localhost|127\.0\.0\.1)", rf"https://colab\.research\.google\.com/github/{_settings['user']}/"]      # Colab answers 200 whatever it is asked
+linkcheck_anchors = False
+linkcheck_timeout, linkcheck_retries = 30, 3
+
 html_theme = "furo"
 html_title = "revela_nb"
 html_baseurl = f"{_settings['doc_host']}{_settings['doc_baseurl']}/"

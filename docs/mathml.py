@@ -27,16 +27,28 @@ def pair_bars(mathml, latex):
     return BARS.sub(declare, mathml)
 
 
+def pieces(latex):
+    "A formula cut at its wide spaces (outside braces), so that a narrow page can set the pieces one below the other."
+    depth, cuts = 0, [0]
+    for token in re.finditer(r"\\q?quad(?![a-zA-Z])|\\.|[{}]", latex):
+        depth += {"{": 1, "}": -1}.get(token.group(), 0)
+        if "quad" in token.group() and not depth: cuts += [token.start(), token.end()]
+    cuts.append(len(latex))
+    return [piece for start, end in zip(cuts[::2], cuts[1::2]) if (piece := latex[start:end].strip())]
+
+
 def to_mathml(latex, display):
     "MathML of a formula; `display` is 'inline' or 'block'. A formula that cannot be read raises."
     mathml = convert(latex.strip(), display=display)
     mathml = re.sub(r"<mi>(log|exp|max|min)</mi>(?!<mo[^>]*>&#x00028;)", r'<mi>\1</mi><mspace width="0.167em" />', mathml)
     mathml = mathml.replace("<mo>&#x0221E;</mo>", "<mi>&#x0221E;</mi>")            # infinity is a thing, not an operator
+    mathml = mathml.replace(r"\lfloor", "&#x0230A;").replace(r"\rfloor", "&#x0230B;").replace('width="negativethinmathspace"', 'width="-0.167em"')
+    if "\\" in re.sub(r"<annotation.*?</annotation>", "", mathml): raise ValueError("a command is left in the output")
     return pair_bars(move_limits(mathml), latex)
 
 
 def draw(translator, node, display):
-    try: mathml = to_mathml(node.astext(), display)
+    try: mathml = "".join(to_mathml(piece, display) for piece in (pieces(node.astext()) if display == "block" else [node.astext()]))
     except Exception as error:
         log.warning("formula %r cannot be turned into MathML: %s", node.astext(), error, location=node)
         mathml = f"<code>{translator.encode(node.astext())}</code>"

@@ -24,12 +24,19 @@ def shown(source):
     return "\n".join(line for line in lines if not line.startswith("#|")).strip()
 
 
-def output_text(output, pictures):
-    "One stored output as markdown; a PNG is collected in `pictures` and linked."
+def picture_text(source):
+    "What `#| fig-alt:` says of a cell's picture; a picture without words is an error."
+    said = re.search(r"^#\| *fig-alt: *[\"']?(.+?)[\"']?$", source, re.M)
+    if not said: raise ValueError(f"a picture of the index has no `#| fig-alt:`: {source[:80]!r}")
+    return said[1]
+
+
+def output_text(output, pictures, source):
+    "One stored output of a cell as markdown; a PNG is collected in `pictures` and linked."
     data = output.get("data", {})
     if "image/png" in data:
         pictures.append(base64.b64decode(data["image/png"]))
-        return f"![Result plot {len(pictures)}](nbs/images/index_{len(pictures)}.png)"
+        return f"![{picture_text(source)}](nbs/images/index_{len(pictures)}.png)"
     if "text/markdown" in data: return relative("".join(data["text/markdown"]))
     text = "".join(output.get("text", data.get("text/plain", ""))).rstrip()
     return "\n".join("    " + line for line in text.splitlines())
@@ -43,7 +50,7 @@ def render(notebook):
         if cell["cell_type"] == "markdown": parts.append(relative(source))
         if cell["cell_type"] != "code": continue
         if shown(source): parts.append(f"```python\n{shown(source)}\n```")
-        if "#| hide\n" not in source: parts += [output_text(o, pictures) for o in cell["outputs"]]
+        if "#| hide\n" not in source: parts += [output_text(o, pictures, source) for o in cell["outputs"]]
     return "\n\n".join(p for p in parts if p.strip()) + "\n", pictures
 
 

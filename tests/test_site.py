@@ -121,6 +121,15 @@ def test_formulas_are_mathml(pages):
         assert not re.search(r"\\(frac|sum|tau|text|log|lVert)\b|\$\$", shown_text(page)), path.name
 
 
+def test_formulas_are_cut_at_wide_spaces_only():
+    sys.path.insert(0, str(ROOT / "docs"))
+    try: mathml = pytest.importorskip("mathml", reason="needs latex2mathml: pip install -e '.[docs]'")
+    finally: sys.path.pop(0)
+    assert mathml.pieces(r"a = {x \quad y},\qquad b \{ \quad c") == [r"a = {x \quad y},", r"b \{", "c"] and mathml.pieces("a") == ["a"]
+    assert "&#x0230A;" in mathml.to_mathml(r"\Big\lfloor x \Big\rfloor", "block")
+    with pytest.raises(ValueError, match="left in the output"): mathml.to_mathml(r"\nosuch x", "block")
+
+
 def test_no_markdown_is_left_raw(pages):
     for name, page in pages.items():
         prose = copy.deepcopy(page.find("article"))
@@ -186,6 +195,19 @@ def test_the_build_does_not_wipe_a_stranger_folder(tmp_path):
 def test_names_in_prose_lead_to_the_api(pages):
     link = pages["temperature.html"].find("a", href="api/attention.html#revela_nb.attention.in_batch_weights")
     assert link and link.get_text() == "in_batch_weights"
+
+
+def test_model_answers_stand_where_readers_md_says():
+    "Twelve questions, twelve answers, and each names a page and sections that are there."
+    text = (ROOT / "docs" / "readers.md").read_text(encoding="utf-8")
+    questions, answers = (re.split(r"^\d+\. ", re.search(rf"^## {name}\n(.*?)^## ", text, re.M | re.S)[1], flags=re.M)[1:] for name in ("Questions", "Answers"))
+    assert len(questions) == len(answers) == 12
+    for answer in answers:
+        places = re.findall(r'\[(\w+)\]\(\1\.ipynb\), ("[^"]+"(?:(?:, | and )"[^"]+")*)', answer)
+        assert places, answer
+        for page, sections in places:
+            prose = "\n".join("".join(c["source"]) for c in json.loads((ROOT / "nbs" / f"{page}.ipynb").read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "markdown")
+            for section in re.findall('"([^"]+)"', sections): assert re.search(rf"^#+ {re.escape(section)}$", prose, re.M), (page, section)
 
 
 def test_entrances_name_commands_that_exist():
@@ -317,3 +339,31 @@ def test_light_and_dark(browser, address):
         red = int(re.search(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[0])
         assert (red > 200) == light
         page.close()
+
+
+def test_module_names_in_code_do_not_look_like_links(browser, address):
+    for scheme in ("light", "dark"):
+        page = browser.new_page(color_scheme=scheme)
+        page.goto(f"{address}/05_patching.html")
+        look = page.evaluate("[...document.querySelectorAll('.highlight .nn')].map(e => [getComputedStyle(e).textDecorationLine, getComputedStyle(e).color, getComputedStyle(e.parentElement).color])")
+        assert look and all(line == "none" and color == around for line, color, around in look)
+        page.close()
+
+
+def test_drawings_do_not_glare_in_the_dark(browser, address):
+    for scheme, turned in (("light", False), ("dark", True)):
+        page = browser.new_page(color_scheme=scheme)
+        for name, picture in (("05_patching", "doubled_batch.png"), ("00_tour", "/pipeline.png")):
+            page.goto(f"{address}/{name}.html")
+            assert ("invert" in page.evaluate(f"getComputedStyle(document.querySelector('article img[src$=\"{picture}\"]')).filter")) == turned
+        page.close()
+
+
+def test_on_a_phone_pictures_and_the_tour_s_formulas_are_whole(browser, address, pages):
+    page, cut = browser.new_page(viewport={"width": 375, "height": 800}), []
+    for name in pages:
+        page.goto(f"{address}/{name}")
+        cut += [(name, *found) for found in page.evaluate("""[...document.querySelectorAll('article img')].filter(i => i.offsetParent && (i.getBoundingClientRect().right > innerWidth || i.parentElement.scrollWidth > i.parentElement.clientWidth + 1 && !i.closest('a'))).map(i => [i.src, i.width])""")]
+        if name == "00_tour.html": cut += page.evaluate("[...document.querySelectorAll('.math-block')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.textContent)")
+    page.close()
+    assert not cut
