@@ -1,6 +1,6 @@
 """Draw the pictures of the book: `python nbs/images/make_images.py`.
 
-pipeline.png, doubled_batch.png, and pipeline-NAME.png: the pipeline as eight small stages, those of LIGHTS[NAME] lit, for the head of each chapter."""
+pipeline.png, doubled_batch.png, gradient_route.png, and pipeline-NAME.png: the pipeline as eight small stages, those of LIGHTS[NAME] lit, for the head of each chapter."""
 from pathlib import Path
 
 import matplotlib
@@ -26,6 +26,10 @@ def box(ax, x, y, w, h, title, lines="", color=TEXT, size=12):
 def arrow(ax, start, end, color=INK, **style):
     ax.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", shrinkA=0, shrinkB=0, color=color, **{"linewidth": 1.6, "mutation_scale": 16, **style}))
 
+def way_back(ax, *points): # of the gradient: a dashed line with corners, its last stretch an arrow
+    if len(points) > 2: ax.plot(*zip(*points[:-1]), color=GRADIENT, linewidth=1.8, linestyle=(0, (4, 2)))
+    arrow(ax, points[-2], points[-1], GRADIENT, linewidth=1.8, linestyle=(0, (4, 2)), mutation_scale=14)
+
 def matrix(ax, x, y, side, values, cmap, name):
     n = len(values)
     step = side / n
@@ -39,10 +43,10 @@ def matrix(ax, x, y, side, values, cmap, name):
     ax.text(x + side/2, y + side + .17, name, ha="center", va="center", fontsize=11.5, weight="bold")
 
 def draw_pipeline():
-    fig, ax = canvas(11.8, 5.0)
+    fig, ax = canvas(11.8, 4.75)
     box(ax, .15, 2.3, 1.5, 1.3, "documents", "raw text:\nno questions,\nno labels")
     box(ax, 2.0, 2.3, 1.5, 1.3, "chunks", "a few sentences\nor lines each")
-    box(ax, 3.85, 2.3, 1.5, 1.3, "group", "B related chunks\nare one batch")
+    box(ax, 3.85, 2.3, 1.5, 1.3, "group", "B related chunks\nread each other")
     arrow(ax, (1.65, 2.95), (2.0, 2.95)); arrow(ax, (3.5, 2.95), (3.85, 2.95))
     box(ax, 5.95, 3.1, 1.85, 1.4, "retriever", "query: first half → q\npassage: whole → p", RETRIEVER)
     arrow(ax, (4.6, 3.6), (5.95, 4.0), connectionstyle="angle,angleA=90,angleB=0,rad=8")
@@ -60,9 +64,10 @@ def draw_pipeline():
     arrow(ax, (10.78, 3.2), (9.15, 1.145), connectionstyle="angle,angleA=-90,angleB=0,rad=8")
     box(ax, 9.75, .1, 1.9, .66, "next-token loss", size=12)
     arrow(ax, (8.0, .75), (9.75, .43), connectionstyle="angle,angleA=-90,angleB=0,rad=8")
-    ax.plot([11.55, 11.55, 6.88], [.76, 4.74, 4.74], color=GRADIENT, linewidth=1.8, linestyle=(0, (4, 2)))   # way back, outside
-    arrow(ax, (6.88, 4.76), (6.88, 4.5), GRADIENT)
-    ax.text(9.2, 4.88, "gradient, through w and S, back to the retriever", ha="center", va="center", fontsize=10.5, color=GRADIENT)
+    way_back(ax, (10.0, .76), (10.0, 1.02), (9.15, 1.02))                                # loss -> sum over w -> w -> S -> retriever
+    way_back(ax, (9.15, 1.27), (10.5, 1.27), (10.5, 3.2))
+    way_back(ax, (10.25, 3.34), (9.35, 3.34)); way_back(ax, (8.25, 3.34), (7.8, 3.34))
+    ax.text(8.55, 2.82, "gradient, through w and S, back to the retriever", ha="center", va="center", fontsize=10.5, color=GRADIENT)
     return fig, ax
 
 def stack(ax, x, y, names, color, w=2.6, h=.42):
@@ -87,6 +92,29 @@ def draw_doubled_batch():
     arrow(ax, (9.2, 2.46), (9.2, 2.1)); ax.text(9.2, 2.6, "weights w", ha="center", va="center", fontsize=11)
     ax.text(1.95, .2, "same token ids, same positions, same parameters", ha="center", va="center", fontsize=10)
     ax.text(7.25, .2, "the loss is taken here, from rows B … 2B−1", ha="center", va="center", fontsize=10)
+    return fig, ax
+
+def draw_gradient_route():
+    fig, ax = canvas(6.9, 4.35)
+    box(ax, .08, 2.25, 1.3, 1.1, "retriever", color=RETRIEVER, size=13)
+    box(ax, 1.85, 2.95, .8, .6, "q$_i$", color=RETRIEVER, size=14); box(ax, 1.85, 2.05, .8, .6, "p$_j$", color=RETRIEVER, size=14)
+    weights = [[None, .95, 0, .2], [.8, None, .1, 0], [0, .1, None, .95], [.1, 0, .9, None]]
+    matrix(ax, 3.2, 2.1, 1.4, [[.9, .8, .2, .4], [.8, .9, .3, .1], [.2, .3, .9, .8], [.3, .1, .7, .9]], "Blues", "S$_{ij}$ = q$_i$ · p$_j$")
+    matrix(ax, 5.35, 2.1, 1.4, weights, "Oranges", "w$_{ij}$")
+    for i, row in enumerate(weights):
+        for j, v in enumerate(row):
+            if not v:
+                for x in (3.2, 5.35): ax.text(x + (j + .5)*.35, 3.5 - (i + .5)*.35, "×", ha="center", va="center", fontsize=15, color="#7a818b")
+    box(ax, 3.2, .62, 3.55, .95, "in-batch row i", "its own words + Σ$_j$ w$_{ij}$ · c$_{ij}$", LM, 13)
+    box(ax, .6, .72, 1.5, .75, "loss", size=13)
+    for start, end in (((1.38, 2.98), (1.85, 3.3)), ((1.38, 2.6), (1.85, 2.45)), ((2.65, 3.3), (3.2, 3.05)), ((2.65, 2.45), (3.2, 2.75)),
+                       ((4.6, 2.95), (5.35, 2.95)), ((5.8, 2.1), (5.8, 1.57)), ((3.2, 1.25), (2.1, 1.25))): arrow(ax, start, end, WIRE, mutation_scale=13)
+    for start, end in (((2.1, .95), (3.2, .95)), ((6.3, 1.57), (6.3, 2.1)), ((5.35, 2.5), (4.6, 2.5)), ((3.2, 3.25), (2.65, 3.47)),
+                       ((3.2, 2.4), (2.65, 2.2)), ((1.85, 3.12), (1.38, 2.8)), ((1.85, 2.2), (1.38, 2.4))): way_back(ax, start, end)
+    arrow(ax, (.2, 4.1), (.75, 4.1), WIRE, mutation_scale=13); ax.text(.85, 4.1, "forward", ha="left", va="center", fontsize=12)
+    way_back(ax, (2.55, 4.1), (2.0, 4.1))
+    ax.text(2.65, 4.1, "gradient", ha="left", va="center", fontsize=12, color=GRADIENT)
+    ax.text(.12, .25, "×  no gradient: the diagonal, which nobody reads, and pairs of weight 0", ha="left", va="center", fontsize=12)
     return fig, ax
 
 STAGES = {"corpus": "chunks", "groups": "groups", "retriever": "retriever", "attention": "attention", "patching": "LM layers", "model": "loss", "trainer": "training",
@@ -135,6 +163,6 @@ if __name__ == "__main__":
     for name, lit in LIGHTS.items():
         fig, _ = draw_stages(lit)
         fig.savefig(HERE / f"pipeline-{name}.png", transparent=True); plt.close(fig)
-    for name, draw in (("pipeline", draw_pipeline), ("doubled_batch", draw_doubled_batch)):
+    for name, draw in (("pipeline", draw_pipeline), ("doubled_batch", draw_doubled_batch), ("gradient_route", draw_gradient_route)):
         fig, _ = draw()
         fig.savefig(HERE / f"{name}.png", facecolor="white"); plt.close(fig)
