@@ -280,3 +280,27 @@ def test_rows_that_are_not_wanted_do_not_reach_the_head():
     granite.lm_head.register_forward_hook(lambda head, args, out: read.append(out.shape[1]))
     for plain in (True, False): in_batch_forward(granite, ids, mask, weights(), plain=plain)
     assert read == [22, 11]                                                                                                    # 5 + 2 + 4 predicted tokens a stream
+
+
+@pytest.mark.parametrize("kind, sizes", [("smollm", [1]), ("granite", [1, 22, 22])])
+def test_a_spanning_group_holds_no_logits_either(kind, sizes):
+    "In a world of one process: the head reads one token, the losses and gradients are those of `in_batch_forward`; where the model changes its logits, it reads all after the trial."
+    import torch.distributed as dist
+    from revela_nb.model import spanning_forward
+    torch.manual_seed(0)
+    lm = tf.GraniteForCausalLM(tf.GraniteConfig(**SMALL, logits_scaling=4.0)) if kind == "granite" else MODELS[kind]()
+    (ids, mask), read = pad(rows([6, 3, 5]), 6), []
+    labels = ids.masked_fill(mask == 0, -100)
+    expected, grad = gradients(copy.deepcopy(lm), ids, mask, weights())
+    without = in_batch_forward(copy.deepcopy(lm), ids, mask, weights()).plain_loss
+    lm.lm_head.register_forward_hook(lambda head, args, out: read.append(out.shape[1]))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        w = weights().requires_grad_()
+        out = spanning_forward(lm, ids, mask, w, labels)
+        out.loss.backward()
+        if kind == "granite": spanning_forward(lm, ids, mask, weights(), labels)
+    finally: dist.destroy_process_group()
+    assert read == sizes
+    torch.testing.assert_close((out.loss.detach(), out.plain_loss), (expected, without))
+    torch.testing.assert_close(torch.cat([w.grad.flatten()] + [p.grad.flatten() for p in lm.parameters()]), grad, atol=1e-6, rtol=1e-5)
