@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from .attention import VALUE_NORMS, in_batch_weights, value_scale
 from .kernel import read_chunks
 from .loading import LORA_TARGETS, add_lora, find_folder, quiet_transformers
-from .patching import InBatchOutput, base_lm, double, head_reads, in_batch_forward, labelled_positions
+from .patching import InBatchOutput, base_lm, double, in_batch_forward, labelled_positions, stream_losses
 from .retriever import Retriever
 
 # %% ../nbs/06_model.ipynb #4ea3df1b
@@ -156,18 +156,11 @@ def spanning_forward(
     plain:bool=True, # the plain stream's loss, too
 )->InBatchOutput: # .loss and .plain_loss: means over *my* tokens
     "`in_batch_forward` for one process's share of a group that spans all. Every process must call it. Raises ValueError, TypeError."
-    model, B = base_lm(lm), len(input_ids)
-    switch_to_spanning(model)
-    positions = labelled_positions(labels, attention_mask)
+    switch_to_spanning(base_lm(lm))
+    B, positions = len(input_ids), labelled_positions(labels, attention_mask)
     reading = SpanningReading(weights.view(B, -1, B).transpose(0, 1), GatherRows.apply(attention_mask).bool(), value_norm, min_weight)
-    with head_reads(model, positions.repeat(2, 1)):
-        logits = lm(**double(input_ids, attention_mask), use_cache=False, revela_reading=reading).logits
-    expected = model.config.get_text_config().num_hidden_layers
-    if reading.layers < expected:
-        raise TypeError(f"{type(model).__name__}: only {reading.layers} of {expected} layers call the attention interface")
-    targets = labels[:, 1:][positions[:, :-1]]
-    quiet, busy = (F.cross_entropy(x.float(), targets, reduction="sum") / max(len(targets), 1) for x in logits[0].chunk(2))
-    return InBatchOutput(busy, quiet if plain else None)
+    both, targets = positions.repeat(2, 1), labels[:, 1:][positions[:, :-1]]
+    return InBatchOutput(*stream_losses(lm, double(input_ids, attention_mask), reading, both, targets, plain))
 
 # %% ../nbs/06_model.ipynb #6a06c001
 class WeighingModule(nn.Module):

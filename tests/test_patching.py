@@ -311,3 +311,88 @@ def test_another_groups_values_do_not_change_my_volume():
     torch.testing.assert_close(model(**batch).loss, sum(n * x for n, x in zip(share, alone)) / sum(share), atol=1e-6, rtol=0)
     model.gather_chunks = True
     assert abs(model(**batch).loss - sum(n * x for n, x in zip(share, alone)) / sum(share)) > 1e-6
+
+
+def counting_runs(model):
+    runs = []
+    (model.get_base_model() if hasattr(model, "get_base_model") else model).model.register_forward_pre_hook(lambda *_: runs.append(1))
+    return runs
+
+
+def test_a_nan_does_not_run_the_model_again():
+    "NaN is not equal to itself: compared by value, logits of NaN would look as if the model had changed them, and whole logits may not fit."
+    torch.manual_seed(0)
+    lm = MODELS["smollm"]()
+    lm.model.norm.weight.data[0] = torch.nan
+    runs = counting_runs(lm)
+    out = in_batch_forward(lm, *pad(rows([6, 3, 5]), 6), weights())
+    assert len(runs) == 1 and out.loss.isnan() and out.plain_loss.isnan()
+    lm.model.norm.weight.data[0] = 1
+    assert in_batch_forward(lm, *pad(rows([6, 3, 5]), 6), weights()).loss.isfinite() and len(runs) == 2
+
+
+@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("kind, expected", [("granite", [2, 1, 1]), ("lora", [1, 1, 1]), ("bias", [1, 1, 1]), ("smollm", [1, 1, 1])])
+def test_a_head_that_is_more_than_a_matrix_runs_once_a_step(kind, expected, plain):
+    "Only logits that the model changes are found out by a trial, once; losses and gradients are those of whole logits at every step."
+    torch.manual_seed(0)
+    model = tf.GraniteForCausalLM(tf.GraniteConfig(**SMALL, logits_scaling=4.0)) if kind == "granite" else MODELS["smollm" if kind == "smollm" else "qwen2"]()
+    if kind == "bias": model.lm_head = torch.nn.Linear(32, 50)
+    if kind == "lora": model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False))
+    ids, mask = pad(rows([6, 3, 5]), 6)
+    runs, counts, whole = counting_runs(model), [], gradients(copy.deepcopy(model), ids, mask, weights(), return_logits=True)
+    for _ in range(3):
+        before = len(runs)
+        torch.testing.assert_close(gradients(model, ids, mask, weights(), plain=plain), whole, atol=1e-6, rtol=1e-5)
+        counts.append(len(runs) - before)
+    assert counts == expected
+    plain_losses = [in_batch_forward(model, ids, mask, weights(), return_logits=r).plain_loss for r in (False, True)]
+    torch.testing.assert_close(*plain_losses)
+    assert in_batch_forward(model, ids, mask, weights(), plain=False).plain_loss is None
+
+
+def test_an_adapter_put_on_the_head_later_is_seen():
+    torch.manual_seed(0)
+    lm = MODELS["llama"]()
+    ids, mask = pad(rows([6, 3, 5]), 6)
+    before = in_batch_forward(lm, ids, mask, weights()).loss
+    lora = get_peft_model(lm, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+    after, whole = (in_batch_forward(lora, ids, mask, weights(), return_logits=r).loss for r in (False, True))
+    torch.testing.assert_close(after, whole)
+    assert abs(after - before) > 1e-3
+
+
+def test_rows_that_are_not_wanted_do_not_reach_the_head():
+    "Where the head runs in whole, it reads one stream if nobody asks for the other's loss."
+    torch.manual_seed(0)
+    granite = tf.GraniteForCausalLM(tf.GraniteConfig(**SMALL, logits_scaling=4.0))
+    ids, mask = pad(rows([6, 3, 5]), 6)
+    in_batch_forward(granite, ids, mask, weights())
+    read = []
+    granite.lm_head.register_forward_hook(lambda head, args, out: read.append(out.shape[1]))
+    for plain in (True, False): in_batch_forward(granite, ids, mask, weights(), plain=plain)
+    assert read == [22, 11]                                                                                                    # 5 + 2 + 4 predicted tokens a stream
+
+
+@pytest.mark.parametrize("kind, sizes", [("smollm", [1]), ("granite", [1, 22, 22])])
+def test_a_spanning_group_holds_no_logits_either(kind, sizes):
+    "In a world of one process: the head reads one token, the losses and gradients are those of `in_batch_forward`; where the model changes its logits, it reads all after the trial."
+    import torch.distributed as dist
+    from revela_nb.model import spanning_forward
+    torch.manual_seed(0)
+    lm = tf.GraniteForCausalLM(tf.GraniteConfig(**SMALL, logits_scaling=4.0)) if kind == "granite" else MODELS[kind]()
+    (ids, mask), read = pad(rows([6, 3, 5]), 6), []
+    labels = ids.masked_fill(mask == 0, -100)
+    expected, grad = gradients(copy.deepcopy(lm), ids, mask, weights())
+    without = in_batch_forward(copy.deepcopy(lm), ids, mask, weights()).plain_loss
+    lm.lm_head.register_forward_hook(lambda head, args, out: read.append(out.shape[1]))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        w = weights().requires_grad_()
+        out = spanning_forward(lm, ids, mask, w, labels)
+        out.loss.backward()
+        if kind == "granite": spanning_forward(lm, ids, mask, weights(), labels)
+    finally: dist.destroy_process_group()
+    assert read == sizes
+    torch.testing.assert_close((out.loss.detach(), out.plain_loss), (expected, without))
+    torch.testing.assert_close(torch.cat([w.grad.flatten()] + [p.grad.flatten() for p in lm.parameters()]), grad, atol=1e-6, rtol=1e-5)
