@@ -135,7 +135,8 @@ def mark_whole_queries(
     named = np.array(groups["src"][:] if "src" in groups.column_names else [None] * len(groups), dtype=object)
     there = sorted({str(name) for name in set(named) if name is not None})
     if missing := [name for name in sources if name not in there]:
-        raise ValueError(f"no group is of the source {', '.join(missing)} (whole_query_sources); there are: {', '.join(there) or '-'}")
+        raise ValueError(f"no group is of the source {', '.join(missing)} (whole_query_sources); "
+                         f"there are: {', '.join(there) or 'none'}")
     whole = np.isin(named.astype(str), sources)
     log.info("the query is the whole chunk in %s of %s groups (source %s)", f"{whole.sum():,}", f"{len(groups):,}", ", ".join(sources))
     return groups.add_column("query_fraction", np.where(whole, 1.0, GroupCollator.query_fraction))

@@ -6,7 +6,7 @@
 __all__ = ['log', 'OFFICE', 'TEXT_COLUMNS', 'ID_COLUMNS', 'ROW_COLUMNS', 'READERS', 'Skipped', 'CountedFile', 'open_bytes',
            'read_text', 'first_heading', 'read_plain', 'HtmlText', 'read_html', 'read_notebook', 'pdf_text',
            'docx_text', 'read_office', 'row_documents', 'read_jsonl', 'read_csv', 'read_parquet', 'find_reader',
-           'folder_files']
+           'skipped_folder', 'folder_files']
 
 # %% ../nbs/01b_readers.ipynb #d1481718
 import csv, gzip, io, json, logging, os, re, zlib
@@ -273,17 +273,30 @@ def find_reader(
     "The reader for a file's ending, upper or lower case, gzipped or not."
     return next((reader for ending, reader in READERS.items() if path.name.lower().removesuffix(".gz").endswith(ending)), None)
 
+# %% ../nbs/01b_readers.ipynb #8ce40690
+def skipped_folder(
+    path: Path, # of a folder
+) -> str | None: # why it is not read, in the plural; None where it is
+    "What keeps us out of a folder."
+    if path.name == "__pycache__": return "folders of compiled code"
+    if path.name.startswith("."): return "hidden folders"
+    if path.is_symlink(): return "links to folders, which are not followed"
+
+# %% ../nbs/01b_readers.ipynb #8ce40691
 def folder_files(
     folder: Path, # with files in any depth
     skipped: Skipped, # receives what is left out
 ) -> Iterator[Path]: # files that can be read, sorted
     "The readable files of a folder; of a BEIR folder only its corpus, never its queries."
-    for root, subfolders, files in os.walk(folder):
+    def closed(error): skipped.add("folders that cannot be opened", f"{error.filename}: {error.strerror}")
+    for root, subfolders, files in os.walk(folder, onerror=closed):
         corpus = [Path(root, name) for name in ("corpus.jsonl", "corpus.jsonl.gz") if name in files]
         if corpus:
             subfolders.clear()
             log.info("'%s' has a %s: only this file is read, no queries or judgements.", root, corpus[0].name)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name != "__pycache__")
+        why = {name: skipped_folder(Path(root, name)) for name in sorted(subfolders)}
+        subfolders[:] = [name for name in why if not why[name]]
+        for name in filter(why.get, why): skipped.add(why[name], Path(root, name).relative_to(folder).as_posix())
         for path in corpus[:1] or [Path(root, name) for name in sorted(files)]:
             if path.is_file() and find_reader(path) and not path.name.startswith("."): yield path
             else: skipped.add("files of another type", path.relative_to(folder).as_posix())

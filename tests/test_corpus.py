@@ -87,6 +87,22 @@ def test_published_revela_formats(tmp_path):
     assert [x for _, _, x in rows(load_corpus(path))] == ["one", "two", "three"]
 
 
+def test_folders_passed_over_are_counted_and_named(tmp_path, monkeypatch, caplog):
+    "Hidden, compiled, linked, closed: with a folder everything in it is lost, so it is said."
+    for name in ["a/x.txt", ".git/y.txt", "a/.cache/z.txt", "b/__pycache__/m.txt", "closed/w.txt"]:
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / name).write_text("Some words.")
+    (tmp_path / "tree/a/round").symlink_to(tmp_path / "tree") # a circle
+    scan = os.scandir
+    def refuse(path):                                         # chmod does not keep root out
+        if Path(path).name == "closed": raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert load_corpus(tmp_path / "tree")["_id"][:] == ["a/x.txt"]
+    for line in ("2 hidden folders (.git, a/.cache)", "1 folders of compiled code (b/__pycache__)", "1 links to folders, which are not followed (a/round)"): assert line in caplog.text
+    assert "1 folders that cannot be opened" in caplog.text and "closed: Permission denied" in caplog.text
+
+
 def test_beir_folder_gives_no_queries(tmp_path):
     write(tmp_path, **{"corpus.jsonl": '{"_id": "d", "title": "T", "text": "document"}\n', "queries.jsonl": '{"_id": "q", "text": "question"}\n'})
     (tmp_path / "qrels").mkdir()
