@@ -172,3 +172,12 @@ def test_every_chapter_shows_where_we_are(path):
     prose = "\n\n".join(text(c["source"]) for c in cells(path) if c["cell_type"] == "markdown")
     shown = re.search(r"^## Where we are\n\n!\[The pipeline in eight stages: [^\]]* lit\]\((images/pipeline-\w+\.png)\)$", prose, re.M)
     assert shown and (ROOT / "nbs" / shown[1]).exists()
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.name[0].isdigit()], ids=lambda p: p.stem)
+def test_every_chapter_ends_alike(path):
+    "What goes wrong, differences, exercises, in this order and with a solution folded away below each exercise or below all."
+    prose = "\n\n".join(text(c["source"]) for c in cells(path) if c["cell_type"] == "markdown")
+    ends = [m for m in re.findall(r"^## (What goes wrong|Differences|Exercises)", prose, re.M)]
+    assert list(dict.fromkeys(ends)) == ["What goes wrong", "Differences", "Exercises"]
+    assert re.findall(r"^## (.*)", prose, re.M)[-1].startswith("Exercises") and "<details><summary>Solution" in prose.rpartition("## Exercises")[2]
