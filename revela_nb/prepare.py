@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from .batching import GROUP_FEATURES
 from .copies import FINGERPRINT, NEAR_BANDS, find_copies
 from .grouping import EMBEDDING, group_by, parse_strategy
-from .shards import (STATE, PrepareOptions, check_options, intact, load_chunks, load_columns, save_array, save_file,
-                              save_json, split_rows, stage_bar, stream_shards)
+from .shards import (LEFT_OUT, STATE, PrepareOptions, check_options, intact, load_chunks, load_columns, save_array,
+                              save_file, save_json, split_rows, stage_bar, stream_shards)
 
 # %% ../nbs/10_prepare.ipynb #21e8e9a9
 STAGES = ("read", "pick", "group", "write")
@@ -44,7 +44,7 @@ def read_chunks(
     streaming: bool, # keep no copy of a hub data set
 ) -> None:
     "Stage 1, unless it is done. Raises what `stream_shards` raises, a ValueError for a source without one chunk."
-    if "read" in state and len(intact(folder, state["read"]["shards"])) == len(state["read"]["shards"]): return
+    if "read" in state and len(intact(folder, files := [*state["read"]["shards"], state["read"]["left out"]])) == len(files): return
     drop_after(state, "read")
     state["read"] = stream_shards(options, folder, progress, streaming)
     if not any(shard["chunks"] for shard in state["read"]["shards"]):
@@ -293,7 +293,9 @@ def make_manifest(
                "chunks that fill no group": grouped["chunks that fill no group"]}
     packages = ("revela_nb", "bm25s", "datasets", "faiss-cpu", "numpy", "pyarrow", "rensa", "scipy")
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
-    return {"options": asdict(options), "counts": counts, "left out": read["skipped"], "versions": versions, "shards": state["write"]}
+    source = {"xxh3_64 of ids and texts": read["shards"][-1]["key"], "revision": read["revision"]}
+    return {"options": asdict(options), "source": source, "counts": counts, "left out": read["skipped"],
+            "left out, all": read["left out"], "versions": versions, "shards": state["write"]}
 
 # %% ../nbs/10_prepare.ipynb #e8ba27d6
 def begin_work(
@@ -368,12 +370,12 @@ def prepare_corpus(
     check_options(options)
     if check_folder(out, options) == "finished": return json.loads((out / MANIFEST).read_text(encoding="utf-8"))
     folder, state = begin_work(options, out)
-    try:
-        run_stages(options, out, folder, state, progress, streaming, workers)
+    try: run_stages(options, out, folder, state, progress, streaming, workers)
     except (FileNotFoundError, ValueError):
         drop_empty_work(out)
         raise
     manifest = make_manifest(options, state)
+    save_file(out / LEFT_OUT, lambda partial: shutil.copyfile(folder / LEFT_OUT, partial))
     save_json(out / MANIFEST, manifest)
     shutil.rmtree(folder)
     for leftover in out.glob(".*.partial"): leftover.unlink() # of a process that was killed

@@ -28,6 +28,7 @@ class Skipped:
     "What was left out of a corpus: how many by reason, and the first three places of each; and how much has been read."
     def __init__(self):
         self.counts, self.places, self.bytes_read = defaultdict(int), defaultdict(list), 0
+        self.file = None # a text file that receives all of them, a line of JSON each
 
     def add(
         self,
@@ -37,6 +38,7 @@ class Skipped:
         "Count one more thing left out for this reason."
         self.counts[reason] += 1
         if len(self.places[reason]) < 3: self.places[reason].append(place)
+        if self.file: self.file.write(json.dumps({"reason": reason, "place": place}) + "\n")
 
     def lines(self) -> list[str]: # one a reason, such as "2 empty documents (a.txt, b.txt)"
         "What was left out, in words, with the first places of each reason."
@@ -53,6 +55,11 @@ class CountedFile(io.FileIO):
         n = super().readinto(buffer)
         self.skipped.bytes_read += n
         return n
+
+    def readall(self): # what `read()` without a size comes to
+        data = super().readall()
+        self.skipped.bytes_read += len(data)
+        return data
 
 def open_bytes(
     path: str | Path, # plain, or gzipped where it ends in .gz

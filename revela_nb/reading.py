@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'SKIPPED_FOLDERS', 'PYTHON', 'SHORTEST', 'LONGEST', 'SOURCES', 'LINES', 'HUB_LINES', 'module_files',
-           'read_modules', 'hub_lines', 'hub_rows', 'explain_hub', 'read_hub', 'read_source', 'find_fault',
-           'stream_documents', 'load_corpus']
+           'read_modules', 'hub_lines', 'hub_rows', 'hub_revision', 'explain_hub', 'read_hub', 'read_source',
+           'find_fault', 'stream_documents', 'load_corpus']
 
 # %% ../nbs/01c_reading.ipynb #315c502e
 import json, logging, os, re, sysconfig
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
+from huggingface_hub import HfApi
 from tqdm import tqdm
 
 from .corpus import CORPUS_FEATURES
@@ -77,6 +78,15 @@ def hub_rows(
     options = {"split": split} | ({"streaming": True} if streaming else {})
     if name not in HUB_LINES: yield from load_dataset(name, **options)
     else: yield from (json.loads(row["text"]) for row in hub_lines(name, **options) if row["text"].strip())
+
+# %% ../nbs/01c_reading.ipynb #7905f466
+def hub_revision(
+    source: str, # see `load_corpus`
+) -> str | None: # None for what is no hub data set, and without an answer
+    "The commit of a hub data set that its name means now."
+    if source in PYTHON or Path(source).expanduser().exists(): return None
+    try: return HfApi().dataset_info(source).sha
+    except (OSError, ValueError, RuntimeError): return None # no network: the rows came from a copy
 
 # %% ../nbs/01c_reading.ipynb #7905f464
 @contextmanager

@@ -48,7 +48,7 @@ def test_every_chunk_once_and_the_counts_add_up(notes):
     manifest = prepare_corpus(OPTIONS, "out")
     counts, groups = manifest["counts"], rows("out")
     names = [shard["file"] for shard in manifest["shards"]]
-    assert sorted(os.listdir("out")) == sorted(names + ["manifest.json"]) and names[0] == f"groups-00000-of-{len(names):05}.parquet" and len(names) > 2
+    assert sorted(os.listdir("out")) == sorted(names + ["manifest.json", "left_out.jsonl"]) and names[0] == f"groups-00000-of-{len(names):05}.parquet" and len(names) > 2
     assert json.loads(Path("out/manifest.json").read_text()) == manifest
     ids = [i for row in groups for i in row["ids"]]
     text_of = {f"{n:02}.txt#{k}": chunk for n in range(30) for k, chunk in enumerate(chunk_text(Path(f"notes/{n:02}.txt").read_text(), 30))}
@@ -198,6 +198,60 @@ def test_changed_source_is_refused(notes, monkeypatch):
     assert run_killed(8, "document", "out").returncode == -signal.SIGKILL
     Path("notes/00.txt").write_text("Something else now.")
     with pytest.raises(ValueError, match="has changed"): prepare_corpus(OPTIONS, "out")
+
+
+def test_all_that_is_left_out_is_listed_whatever_was_killed(notes):
+    "Five broken lines, three in the log and the manifest, five in the file beside it; the same bytes after kills, and with names that are no Unicode."
+    Path("notes/rows.jsonl").write_text("".join('{"text"\n' for _ in range(5)) + '{"text": "half a pair \\ud800"}\n')
+    with open(os.fsencode("notes/") + b"caf\xe9.txt", "wb") as file: file.write(b"A name in Latin-1.")
+    with open("notes/latin.txt", "wb") as file: file.write("caf\u00e9".encode("latin-1"))
+    manifest = prepare_corpus(OPTIONS, "whole")
+    listed = [json.loads(line) for line in Path("whole/left_out.jsonl").read_text().splitlines()]
+    counts = {reason: entry["count"] for reason, entry in manifest["left out"].items()}
+    assert counts == {reason: sum(row["reason"] == reason for row in listed) for reason in counts} and sum(counts.values()) == len(listed) == manifest["left out, all"]["lines"] == 8
+    assert [row["place"] for row in listed if row["reason"] == "lines of malformed JSON"] == [f"notes/rows.jsonl, line {n}" for n in range(1, 6)] and len(manifest["left out"]["lines of malformed JSON"]["places"]) == 3
+    assert manifest["left out, all"]["sha256"] == shards.hash_file(Path("whole/left_out.jsonl")) and json.loads(Path("whole/manifest.json").read_text()) == manifest
+    for step in (1, 9, 13):
+        while (done := run_killed(step, "document", "killed")).returncode == -signal.SIGKILL and step > 8: pass
+    assert done.returncode == 0 and content(Path("killed")) == content(Path("whole"))
+
+
+def test_damaged_list_of_what_was_left_out_is_made_again(notes, monkeypatch, caplog):
+    Path("notes/rows.jsonl").write_text("[\n")
+    whole = prepare_corpus(OPTIONS, "whole")
+    def stop(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "make_manifest", stop)
+        with pytest.raises(KeyboardInterrupt): prepare_corpus(OPTIONS, "out")
+    Path("out/work/left_out.jsonl").write_text("")
+    assert prepare_corpus(OPTIONS, "out") == whole and content(Path("out")) == content(Path("whole")) and "left_out.jsonl" in caplog.text
+
+
+def test_manifest_knows_the_source(notes, monkeypatch):
+    "Its text by a key that other text does not have, and of a data set on the hub the commit; nothing without an answer."
+    import revela_nb.reading as reading
+    from xxhash import xxh3_64
+    first, digest = prepare_corpus(OPTIONS, "first")["source"], xxh3_64()
+    for n in range(30): digest.update(f"{n:02}.txt\0{Path(f'notes/{n:02}.txt').read_text()}\0".encode())
+    assert first == {"xxh3_64 of ids and texts": digest.hexdigest(), "revision": None}
+    Path("notes/00.txt").write_text(Path("notes/00.txt").read_text() + " More.")
+    assert prepare_corpus(OPTIONS, "second")["source"] != first
+    name = "trumancai/revela_training_corpus"
+    Path("train.jsonl").write_text("".join(json.dumps([sentence(n, k) for k in range(4)]) + "\n" for n in range(20)))
+    monkeypatch.setitem(reading.HUB_LINES, name, "train.json*")
+    hub = replace(OPTIONS, source=name, near=0)
+    assert prepare_corpus(hub, "offline", streaming=True)["source"]["revision"] is None
+    monkeypatch.setattr(reading.HfApi, "dataset_info", lambda self, asked: type("Info", (), {"sha": f"commit of {asked}"}))
+    assert prepare_corpus(hub, "online", streaming=True)["source"]["revision"] == f"commit of {name}"
+
+
+def test_a_line_a_minute_where_nobody_watches(notes, monkeypatch, caplog):
+    caplog.set_level("INFO", "revela_nb.shards")
+    clock = iter(range(0, 10**6, 7))
+    monkeypatch.setattr(shards.time, "monotonic", lambda: next(clock)) # every look at the clock is 7 seconds later
+    prepare_corpus(OPTIONS, "out")
+    said = [line for line in caplog.messages if line.startswith("read: ")]
+    assert len(said) == 30 * 7 // 60 and "minutes left" in said[0] and "a second" in said[0] and " B of " in said[0]
 
 
 @pytest.mark.parametrize("change", [dict(max_words=20), dict(seed=1), dict(strategy="random"), dict(near=0.0), dict(source="other")])

@@ -23,7 +23,6 @@ SHORT = {
     "08b_bm25": ONE_IDEA,
     "09b_grouping": ONE_IDEA,
     "09c_copies": ONE_IDEA,
-    "09d_shards": ONE_IDEA,
     "10b_prepared": ONE_IDEA,
     "13_export": ONE_IDEA,
     "15_serve": ONE_IDEA,
