@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['EXPECTED', 'log', 'NEWS', 'show_scores', 'show_examples', 'show_demo', 'add_grouping', 'add_folder_options',
            'add_demo', 'add_prepare', 'add_evaluate', 'add_search', 'add_serve', 'add_train', 'export_model',
-           'add_export', 'bench_cells', 'show_bench', 'add_bench', 'build_parser', 'report_error', 'set_up_logging',
-           'quiet_libraries', 'parse_words', 'parse_arguments', 'main']
+           'add_export', 'show_bench', 'add_bench', 'build_parser', 'report_error', 'set_up_logging', 'quiet_libraries',
+           'parse_words', 'parse_arguments', 'main']
 
 # %% ../nbs/19_cli.ipynb #986194d1
 import argparse, contextlib, functools, logging, os, re, sys, traceback, warnings
@@ -228,52 +228,41 @@ def add_export(commands)->None: # argparse's sub-parsers
     option("--format", choices=["sentence-transformers", "peft"], default="sentence-transformers",
            help="'peft' needs a retriever with an adapter and eos pooling")
 
-# %% ../nbs/19_cli.ipynb #be9c0002
-def bench_cells(
-    row:dict, # of `run_bench`
-)->list[str]: # cells of the table
-    "Method and size, then seconds and gigabytes with their ratios, or why the case was skipped."
-    from revela_nb.bench import name_row
-    named = [name_row(row), f"{row['chunks']} × {row['length']}"]
-    if "seconds" not in row: return [*named, escape(f"skipped: {row['skipped']}")]
-    time_ratio, memory_ratio = (f"{row.get(name, float('nan')):.2f}" for name in ("time_ratio", "memory_ratio"))
-    share = f"{row['utilisation']:.0%}" if row.get("utilisation") else "–"
-    return [*named, f"{row['seconds']:.2f}", time_ratio, f"{row['peak']/1e9:.2f}", memory_ratio, share]
-
 # %% ../nbs/19_cli.ipynb #8da39133
 def show_bench(
     args:argparse.Namespace, # of `revela bench`
 )->None:
-    "`revela bench`: every method at every size, as multiples of the plain model."
-    from revela_nb.bench import draw_bench, run_bench
-    sizes = args.layers or None, args.chunks, args.lengths, args.temperatures, args.group_size
-    report = run_bench(args.shape, *sizes, args.repeats, args.checkpointing, args.compiled)
-    table = Table("method", "chunks × tokens", "seconds", "time ratio", "peak GB", "memory ratio", "of the GPU's peak",
-                  title=f"{args.shape}, {args.layers or 'all'} layers, forward and backward")
-    for row in report["rows"]: table.add_row(*bench_cells(row))
-    Console().print(table)
-    for name, seconds in report["layer"].items():
-        print(f"one layer's cross-chunk part, {name:10s} {seconds:8.3f} s   einsum / this = {report['layer']['einsum'] / seconds:.1f}")
-    (out := Path(args.out).expanduser()).mkdir(parents=True, exist_ok=True)
+    "`revela bench`: every method at every size, as multiples of the plain model. Raises ValueError where nothing ran."
+    from revela_nb.bench import list_cases, run_bench
+    from revela_nb.sweep import bench_table, draw_bench, layer_lines, sweep_cases
+    out, sizes = Path(args.out).expanduser(), (args.shape, args.layers or None, args.chunks, args.lengths, args.temperatures)
+    args.repeats = args.repeats or (3 if args.sweep else 5)
+    options = {name: getattr(args, name) for name in ("group_size", "repeats", "checkpointing", "compiled")}
+    cases = sweep_cases(args.repeats) if args.sweep else list_cases(*sizes, **options)
+    report = run_bench(cases, args.timeout, lambda report: write_json(report, out / "bench.json"))
+    Console().print(bench_table(report))
+    print(*layer_lines(report), sep="\n")
     draw_bench(report, out / "bench.png")
-    write_json(report, out / "bench.json")
     print(f"{out}/bench.json, {out}/bench.png")
 
 # %% ../nbs/19_cli.ipynb #c4bb4220
 def add_bench(commands)->None: # argparse's sub-parsers
     "`revela bench`."
-    summary = "time a training step four ways, as multiples of a plain language model (some minutes)"
+    summary = "time a training step several ways, as multiples of a plain language model (some minutes)"
     examples = ("  revela bench\n  revela bench --chunks 8 16 32 --temperatures 1 0.01\n"
+                "  revela bench --sweep      (over batch, length, temperature, model: 20 minutes)\n"
                 "  revela bench --shape llama-3.2-1b --layers 0      (all layers: for a GPU)")
     option = add_command(commands, "bench", show_bench, summary, examples).add_argument
-    option("--shape", choices=["smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b"], default="smollm2-135m",
-           help="the model's shape; weights are random")
+    shapes = ["smollm2-135m", "qwen2.5-0.5b", "llama-3.2-1b"]
+    option("--sweep", action="store_true", help="one axis after another, preset sizes; only --repeats, --timeout and --out count")
+    option("--shape", nargs="+", choices=shapes, default=shapes[:1], help="the model's shape, one or several; weights are random")
     option("--layers", type=int, default=4, help="layers kept; 0: all")
     option("--chunks", type=int, nargs="+", default=[16], help="chunks in a batch, one or several numbers")
     option("--lengths", type=int, nargs="+", default=[160], help="tokens a chunk, one or several numbers")
     option("--temperatures", type=float, nargs="+", default=[1.0], help="of the weights; 1: all pairs matter")
     option("--group_size", type=int, default=16, help="chunks a group; more chunks make several groups")
-    option("--repeats", type=int, default=5, help="timed steps a case; the median counts")
+    option("--repeats", type=int, help="timed steps a case, 5, or 3 in a sweep; the median counts")
+    option("--timeout", type=float, metavar="SECONDS", default=900, help="after which a case is ended")
     option("--checkpointing", action="store_true", help="gradient checkpointing")
     option("--compiled", action="store_true", help="torch.compile of each layer, which pays on a GPU")
     option("--out", metavar="DIR", default="revela_bench", help="folder for bench.json and bench.png")

@@ -25,6 +25,7 @@ SHORT = {
     "09c_copies": ONE_IDEA,
     "10b_prepared": ONE_IDEA,
     "13_export": ONE_IDEA,
+    "14b_sweep": ONE_IDEA,
     "15_serve": ONE_IDEA,
     "18c_asking": ONE_IDEA,
     "18d_options": ONE_IDEA,
