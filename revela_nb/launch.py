@@ -69,11 +69,11 @@ def logit_rows(
     model:Revela, # both models
     predicted:float, # tokens that the loss is a mean over
 )->float: # rows of logits held at once
-    "At most TOKENS where the head is a bare matrix and the group stays on one device; else all, of both streams."
+    "At most TOKENS where the head is a bare matrix; else all, of both streams."
     head = base_lm(model.lm).get_output_embeddings()
     bare = type(head) is nn.Linear and head.bias is None
     at_once = TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
-    return min(at_once, predicted) if bare and not model.gather_chunks else 2 * predicted
+    return min(at_once, predicted) if bare else 2 * predicted
 
 def needed_memory(
     model:Revela, # both models
