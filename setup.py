@@ -25,7 +25,7 @@ setup(
     packages=find_packages(include=[settings["lib_path"], f"{settings['lib_path']}.*"]),
     package_data={settings["lib_name"]: ["backbone/*"]},
     install_requires=settings["requirements"].split(),
-    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "docs", "files", "gpu", "serve", "mteb")},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "docs", "files", "gpu", "cluster", "serve", "mteb")},
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
         "nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"],

@@ -122,9 +122,9 @@ def read_published(
         if not before: raise
         log.warning("%s Taken instead: '%s', read here before.", error, before[-1])
         return kept_groups(before[-1])
-    groups = keep_groups(name, f"{key}-{lines._fingerprint}", published_rows(lines, group_size, skipped))
-    for line in skipped.lines(): log.warning("'%s': left out %s", name, line)
-    return groups
+    try: return keep_groups(name, f"{key}-{lines._fingerprint}", published_rows(lines, group_size, skipped))
+    finally:
+        for line in skipped.lines(): log.warning("'%s': left out %s", name, line)
 
 # %% ../nbs/10b_prepared.ipynb #b0d53a0b
 def mark_whole_queries(

@@ -1,4 +1,5 @@
 """What a user gets from pip: a wheel with the modules and the backbone, and requirements free of development tools."""
+import re
 import subprocess
 import sys
 import zipfile
@@ -32,3 +33,12 @@ def test_requirements_are_for_users(wheel):
     assert len(runtime) > 8 and not any(t in line for line in runtime for t in ("fastcore", "nbdev", "execnb", "pytest"))
     entry = wheel.read(next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))).decode()
     assert "revela = revela_nb.cli:main" in entry or "revela=revela_nb.cli:main" in entry
+
+
+def test_every_extra_is_offered(wheel):
+    "Each NAME_requirements of settings.ini is an extra of the wheel; what tests skip for want of a package has one."
+    metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode()
+    offered = set(re.findall(r"^Provides-Extra: (\w+)", metadata, re.M))
+    assert offered == set(re.findall(r"^(\w+)_requirements = ", (ROOT / "settings.ini").read_text(encoding="utf-8"), re.M)) - {"conda"}
+    for package, extra in (("deepspeed", "cluster"), ("datatrove", "cluster"), ("liger-kernel", "gpu"), ("mteb", "mteb"), ("pypdf", "files"), ("starlette", "serve")):
+        assert re.search(rf'^Requires-Dist: {package}\b.*extra == ["\']{extra}["\']', metadata, re.M), f"{package} is not in the extra {extra}"

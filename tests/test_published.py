@@ -51,7 +51,9 @@ def test_a_bad_line_costs_only_itself(corpus, caplog):
     said = "\n".join(caplog.messages)
     assert "5 rows that are no list of two or more texts (line 2, line 4, line 5, ...)" in said and "1 lines of malformed JSON (line 8)" in said and "2 groups of fewer than 3 texts (line 1, line 9)" in said
     corpus.write_text(lines([], ["alone"]))
+    caplog.clear()
     with pytest.raises(ValueError, match="holds no group"): read_groups(NAMES[1])
+    assert "2 rows that are no list" in caplog.text
     assert len(kept(corpus.parent)) == 1 # nothing half written
 
 
