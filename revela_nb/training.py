@@ -316,13 +316,12 @@ def run_training(
     started:bool, # whether the folder holds a part of it: go on from the last complete checkpoint
 )->None:
     "Train, log, stop on a signal, save; writes the first file."
-    from revela_nb.launch import LogToFile, StopOnSignal, StopWithoutGain
+    from revela_nb.launch import watch_run
     from revela_nb.trainer import RevelaTrainer
-    folder, stop = Path(arguments.output_dir), StopOnSignal()
-    patience = [StopWithoutGain(options.patience)] if options.patience else []
+    folder = Path(arguments.output_dir)
     trainer = RevelaTrainer(model=model, args=arguments, train_dataset=groups, data_collator=collator,
-                            evaluate_retriever=beir_evaluation(options.eval_beir),
-                            callbacks=[LogToFile(folder / "log.jsonl"), stop, *patience])
+                            evaluate_retriever=beir_evaluation(options.eval_beir))
+    stop = watch_run(trainer, options.patience)
     if arguments.should_save: write_json(record, folder / RECORD)
     log.info("training on %d groups%s", len(groups), ": this run was begun before" if started else "")
     with contextlib.redirect_stdout(sys.stderr): trainer.train(arguments.resume_from_checkpoint or started)
