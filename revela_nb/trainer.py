@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'RevelaArguments', 'split_groups', 'scheduled_temperature', 'step_figures', 'StoppingTrainer', 'part_norms',
-           'WatchingTrainer', 'LoggingTrainer', 'predicted_tokens', 'WeightingTrainer', 'unsharded',
+           'WatchingTrainer', 'LoggingTrainer', 'TimingTrainer', 'predicted_tokens', 'WeightingTrainer', 'unsharded',
            'gathered_retriever', 'EvaluatingTrainer', 'RevelaTrainer']
 
 # %% ../nbs/07_trainer.ipynb #39643c4c
@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 
 from .checkpoints import CheckpointTrainer, mean_sums, save_batch
 from .loading import save_retriever
-from .model import Revela, RevelaOutput, build_lm # build_lm: for those who look for it here
+from .model import Revela, RevelaOutput, build_lm, count_similarities, other_similarities # build_lm: for those who look here
 from .patching import labelled_positions
 from .retriever import Retriever
 
@@ -92,10 +92,7 @@ def step_figures(
     *more:Tensor, # further scalars to bring along
 )->list[float]: # in the order of FIGURES, then `more`
     "What to log of one batch, brought to the CPU in one copy; NaN for a plain loss that was not measured."
-    entropy, similarity = torch.special.entr(out.weights.float()).sum(1), out.similarity.float() # (B,), (B, B) or (B, kB)
-    rows = torch.arange(len(similarity), device=similarity.device)
-    own = rows + (len(rows) * dist.get_rank() if similarity.shape[1] > len(rows) else 0) # column of a row's own passage
-    others = similarity[own[:, None] != torch.arange(similarity.shape[1], device=rows.device)]
+    entropy, others = torch.special.entr(out.weights.float()).sum(1), other_similarities(out.similarity) # (B,), (n,)
     std, mean = torch.std_mean(others, correction=0)
     plain = torch.full_like(out.loss, math.nan) if out.plain_loss is None else out.plain_loss
     figures = (out.loss, out.in_batch_loss, plain, entropy.exp().mean(), entropy.mean(),
@@ -145,7 +142,7 @@ def part_norms(
 # %% ../nbs/07_trainer.ipynb #70000005
 class WatchingTrainer(StoppingTrainer):
     "`StoppingTrainer` that logs what matters."
-    tokens, norms = 0, {} # this process's in the log line in the making; the gradients' of the last step that was looked at
+    tokens, histogram, norms = 0, 0, {} # this process's in the log line in the making; of the last step that was looked at
 
     def watch(self,
         inputs:dict, # the batch
@@ -153,11 +150,11 @@ class WatchingTrainer(StoppingTrainer):
         share:Tensor, # scalar, the batch's share of its step
     )->None:
         "Add a batch to the running sums, with its share of the step; stop if its loss is not finite."
-        self.batch = inputs
-        *figures, share = step_figures(out, share)
+        self.batch, (*figures, share) = inputs, step_figures(out, share)
         self.check_losses(figures)
         self.tokens = self.tokens + inputs["attention_mask"].sum()
         plain = {"plain_loss": 0.0} if out.plain_loss is None else {"measured": 1.0, "measured_loss": figures[1]}
+        self.histogram = self.histogram + count_similarities(other_similarities(out.similarity))
         for name, x in dict(zip(FIGURES, figures), steps=1.0, **plain).items(): self.sums[name] = self.sums.get(name, 0.0) + share * x
 
     def figures(self)->dict[str, float]:
@@ -187,12 +184,18 @@ class LoggingTrainer(WatchingTrainer):
         start_time:float|None=None, # as for `Trainer`
     )->None:
         "Add the figures since the last line, and log as `Trainer` does."
-        if "loss" in logs and self.sums: logs.update(self.figures())
+        if "loss" in logs and self.sums:
+            logs.update(self.figures())
+            self.state.similarity_histogram = self.accelerator.reduce(self.histogram).tolist() # no scalar: not for every reporter
+            self.histogram = 0
         super().log(logs, start_time)
 
+# %% ../nbs/07_trainer.ipynb #70000013
+class TimingTrainer(LoggingTrainer):
+    "`LoggingTrainer` whose clock stops while it evaluates or saves."
     def _run_epoch(self, *args, **kwargs)->None:
         if self.control.should_training_stop: return # a callback said so before the first step
-        if self.since is None: self.since, self.tokens = time.perf_counter(), 0
+        if self.since is None: self.since, self.tokens, self.histogram = time.perf_counter(), 0, 0
         super()._run_epoch(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs)->None:
@@ -208,8 +211,8 @@ def predicted_tokens(
     return labelled_positions(batch["labels"], batch["attention_mask"]).sum()
 
 # %% ../nbs/07_trainer.ipynb #7000000f
-class WeightingTrainer(LoggingTrainer):
-    "`LoggingTrainer` whose loss is a mean over the tokens of a step, with the temperature of the schedule."
+class WeightingTrainer(TimingTrainer):
+    "`TimingTrainer` whose loss is a mean over the tokens of a step, with the temperature of the schedule."
     loss_is_scaled_for_ga, first_temperature = True, None # Trainer must not divide again; set when the trainer is made
 
     def get_batch_samples(self,

@@ -332,12 +332,12 @@ def run_training(
 )->None:
     "Train, log, stop on a signal, save; writes the first file."
     from revela_nb.demo import versions
-    from revela_nb.launch import LogToFile, StopOnSignal, StopWithoutGain
+    from revela_nb.launch import watch_run
     from revela_nb.trainer import RevelaTrainer
-    folder, stop = Path(arguments.output_dir), StopOnSignal()
-    callbacks = [LogToFile(folder / "log.jsonl"), stop, *([StopWithoutGain(options.patience)] if options.patience else [])]
+    folder = Path(arguments.output_dir)
     trainer = RevelaTrainer(model=model, args=arguments, train_dataset=groups, data_collator=collator,
-                            evaluate_retriever=beir_evaluation(options.eval_beir), callbacks=callbacks)
+                            evaluate_retriever=beir_evaluation(options.eval_beir))
+    stop = watch_run(trainer, options.patience)
     if arguments.should_save: write_json(record | {"versions": versions()}, folder / RECORD)
     log.info("training on %d groups%s", len(groups), ": this run was begun before" if started else "")
     with contextlib.redirect_stdout(sys.stderr): trainer.train(arguments.resume_from_checkpoint or started)

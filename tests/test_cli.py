@@ -298,7 +298,7 @@ def test_train_twice_resume_and_other_options(config, capsys, models):
     assert all(torch.equal(again[n], w) for n, w in weights.items())
 
 
-def read_scalar(folder, name):
+def read_events(folder, name):
     "(step, value) pairs in TensorBoard's event files: each record is a length, its checksum, an Event and its checksum."
     try: from tensorboard.compat.proto.event_pb2 import Event
     except ImportError: Event = pytest.importorskip("tensorboardX.proto.event_pb2", reason="needs tensorboard or tensorboardX").Event
@@ -308,8 +308,11 @@ def read_scalar(folder, name):
         while data:
             size = int.from_bytes(data[:8], "little")
             event, data = Event.FromString(data[12:12 + size]), data[size + 16:]
-            pairs += [(event.step, value.simple_value) for value in event.summary.value if value.tag == name]
+            pairs += [(event.step, value) for value in event.summary.value if value.tag == name]
     return pairs
+
+
+def read_scalar(folder, name): return [(step, value.simple_value) for step, value in read_events(folder, name)]
 
 
 def test_train_reports_to_tensorboard(config, capsys):
@@ -321,6 +324,22 @@ def test_train_reports_to_tensorboard(config, capsys):
     assert [step for step, _ in found] == [1, 2, 3, 4] and any(value != 0 for _, value in found)
     assert found == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged] # an event holds a float32
     assert main(["train", config, "--output_dir", "quiet"]) == 0 and read_scalar("quiet", "train/gain") == []
+
+
+def test_similarity_histogram_reaches_log_and_tensorboard(config, capfd):
+    "20 counts a line, of all pairs of a group of three; TensorBoard has the same ones, and neither the terminal's line nor a warning speaks of them."
+    read_events(".", "train/similarity") # skips where no library reads event files
+    assert main(["train", config, "--report_to", "tensorboard", "--logging_steps", "2"]) == 0
+    assert "histogram" not in capfd.readouterr().err
+    lines = [line for line in map(json.loads, Path("out/log.jsonl").read_text().splitlines()) if "loss" in line]
+    assert [len(line["similarity_histogram"]) for line in lines] == [20, 20] and [sum(line["similarity_histogram"]) for line in lines] == [2 * 3 * 2] * 2
+    events = read_events("out", "train/similarity")
+    assert [step for step, _ in events] == [2, 4]
+    for line, (_, value) in zip(lines, events):
+        shown = {round(limit, 3): count for limit, count in zip(value.histo.bucket_limit, value.histo.bucket) if count}
+        assert shown == {round(-0.9 + 0.1 * i, 3): n for i, n in enumerate(line["similarity_histogram"]) if n}
+        mean = value.histo.sum / value.histo.num
+        assert value.histo.num == 12 and abs(mean - line["similarity_mean"]) <= 0.05 # half a bin
 
 
 def test_train_refuses_models_and_folders(config, capsys, models):

@@ -3,6 +3,7 @@ import errno
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 from pathlib import Path
@@ -113,6 +114,27 @@ def test_full_disk(tmp_path, whole, monkeypatch, what):
         if what == "seal": m.setattr(module, "seal_checkpoint", fail(module.seal_checkpoint, "checkpoint-6"))
         with pytest.raises(OSError, match=r"checkpoint-6' could not be written .*'checkpoint-4' is whole"): train(tmp_path)
     assert not (tmp_path / "checkpoint-6").exists() and checkpoint_fault(tmp_path / "checkpoint-4") is None
+    nothing_lost(tmp_path, whole)
+
+
+def run_out_of_room(rank, world, folder, room):
+    "From step 6 on the operating system refuses to let a file grow above so many bytes, as a full disk refuses."
+    class Fill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5: resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    try: train(folder, callbacks=[Fill()])
+    except OSError as error: (Path(folder) / "said").write_text(str(error))
+
+
+@pytest.mark.parametrize("file,room", [("model.safetensors", 20_000), ("optimizer.pt", 200_000)])
+def test_operating_system_refuses_to_write(tmp_path, six_steps, whole, file, room):
+    "No acting here: safetensors and torch meet the refusal in their own code, and say so in their own words."
+    sizes = {p.name: p.stat().st_size for p in (six_steps / "checkpoint-6").iterdir()}
+    assert sizes[file] > room and (file == "model.safetensors" or sizes["model.safetensors"] < room)
+    run(run_out_of_room, 1, tmp_path, room)
+    said = (tmp_path / "said").read_text()
+    assert "checkpoint-6' could not be written" in said and "'checkpoint-4' is whole" in said
+    assert not (tmp_path / "checkpoint-6").exists()
     nothing_lost(tmp_path, whole)
 
 

@@ -64,6 +64,33 @@ def test_recipe(path, hub, tmp_path, capsys):
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"], len(adapter["target_modules"])) == (2, 64, 0.1, 7)
 
 
+# ------------------------------------------------------------------ the plan of a sharded run
+
+@pytest.mark.parametrize("engine,stage", [("ddp", 0), ("deepspeed_zero2", 2), ("deepspeed_zero3", 3), ("fsdp2", 3)])
+def test_plan_counts_a_devices_part_and_refuses_it(tmp_path, monkeypatch, engine, stage):
+    "With the environment that `accelerate launch` makes of our files: 4 devices hold what the arithmetic says, and a plan above a device's memory is refused whatever the engine."
+    import test_trainer as toy
+    from revela_nb.launch import plan_run, refuse_oversized, sharding_stage
+    class Four(toy.RevelaArguments):
+        world_size = property(lambda self: 4)
+    args, model = Four(output_dir=str(tmp_path), use_cpu=True, max_steps=1), toy.make_model()
+    whole = plan_run(model, args, toy.GROUPS, toy.COLLATOR, rate=1e9).memory
+    file = yaml.safe_load((ROOT / "configs" / f"{engine}.yaml").read_text())
+    if file["distributed_type"] == "FSDP": monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    if file["distributed_type"] == "DEEPSPEED":
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(ROOT / file["deepspeed_config"]["deepspeed_config_file"]))
+    plan = plan_run(model, args, toy.GROUPS, toy.COLLATOR, rate=1e9)
+    parameters, tables = (4 * sum(p.numel() for p in x) for x in (model.parameters(), [model.lm.model.embed_tokens.weight, model.retriever.encoder.embed_tokens.weight]))
+    spared = {0: 0, 2: 3 * parameters * 3 / 4, 3: 4 * parameters * 3 / 4 - tables * 3 / 4}[stage]
+    assert sharding_stage(args) == stage and plan.memory == pytest.approx(whole - spared)
+    refuse_oversized(plan, args)
+    plan.available = plan.memory - 1
+    with pytest.raises(MemoryError, match="activation_checkpointing"): refuse_oversized(plan, args)
+    args.activation_checkpointing, plan.frozen = True, {"retriever": 1}
+    with pytest.raises(MemoryError, match="more devices" if stage == 3 else "configs/fsdp2.yaml"): refuse_oversized(plan, args)
+
+
 # ------------------------------------------------------------------ engines
 
 def train_all(engine, commands):

@@ -1,4 +1,5 @@
 """Training: accumulation, two rates, schedules, NaN, evaluation, and checkpoints that survive a SIGKILL."""
+import io
 import json
 import logging
 import math
@@ -18,8 +19,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, T5Config, T5ForConditionalGeneration, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+import revela_nb.launch as launch_module
 import revela_nb.trainer as trainer_module
 from revela_nb.batching import GroupCollator
+from revela_nb.launch import ReportHistogram, watch_run
 from revela_nb.model import Revela
 from revela_nb.loading import LORA_TARGETS
 from revela_nb.retriever import Retriever
@@ -238,6 +241,48 @@ def test_evaluation_leaves_training_as_it_was(tmp_path):
     without = train(tmp_path / "a", make_model(dropout=0.1))
     with_it = train(tmp_path / "b", make_model(dropout=0.1), evaluate_retriever=lambda r: {"norm": r.encode_passages(CHUNKS, progress=False).norm().item()}, eval_strategy="steps", eval_steps=2)
     assert curve(without) == curve(with_it)
+
+
+# ------------------------------------------------------------------ what one sees
+
+class FakeWandb:
+    def __init__(self): self.lines = []
+    def Histogram(self, np_histogram): return np_histogram
+    def log(self, line): self.lines.append(line)
+
+
+def test_histogram_for_wandb_and_only_for_those_who_can():
+    from transformers.integrations import WandbCallback
+    able, state = object.__new__(WandbCallback), SimpleNamespace(is_world_process_zero=True, global_step=7, similarity_histogram=[0] * 19 + [6])
+    able._wandb = FakeWandb()
+    report = ReportHistogram([PrinterCallback(), able])
+    report.on_log(None, state, None, logs={"loss": 1.0})
+    report.on_log(None, state, None, logs={"eval_loss": 1.0}) # another line has no similarities
+    line, = able._wandb.lines
+    counts, edges = line["train/similarity"]
+    assert line["train/global_step"] == 7 and counts[-1] == 6 and len(edges) == 21 and (edges[0], edges[-1]) == (-1, 1)
+
+
+def test_bar_shows_speed_loss_and_gain_from_the_first_step(tmp_path, capsys, monkeypatch):
+    bars, real = [], launch_module.tqdm
+    def kept(**options):
+        bars.append(real(**options, file=io.StringIO(), mininterval=0))
+        return bars[-1]
+    monkeypatch.setattr(launch_module, "tqdm", kept)
+    def watched(resume=None, **options):
+        trainer = train(tmp_path, start=False, disable_tqdm=options.pop("disable_tqdm", False), save_strategy="steps", save_steps=2, evaluate_retriever=lambda r: {"ndcg@10": 0.25}, eval_strategy="steps", eval_steps=3, **options)
+        watch_run(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+    trainer = watched(max_steps=4)
+    shown, record = bars[0].fp.getvalue(), [r for r in trainer.state.log_history if "gain" in r][-1]
+    assert "0/4 [00:00<?, ?step/s]" in shown and "4/4" in shown
+    assert f"loss={record['loss']:.3f}, gain={record['gain']:+.3f}, tokens/s={record['tokens_per_second']:,.0f}, ndcg@10=0.250" in shown
+    assert "{" not in shown + capsys.readouterr().out # no dictionaries
+    watched(resume=True, max_steps=6)
+    assert "4/6" in bars[1].fp.getvalue().split("\r")[1] # from where it goes on
+    watched(max_steps=1, disable_tqdm=True)
+    assert len(bars) == 2
 
 
 # ------------------------------------------------------------------ NaN
