@@ -101,14 +101,15 @@ def read_groups(
     group_size:int=16, # texts taken of each published group
 ): # a Dataset with columns ids, texts, and src where given
     "Groups from a file, a folder or the hub. Raises FileNotFoundError, or a ValueError that names file and line."
-    from revela_nb.prepared import keep_groups, read_prepared, read_published
-    from revela_nb.shards import hash_file
-    if str(path) in PUBLISHED_GROUPS: return read_published(str(path), group_size=group_size)
-    if Path(path).expanduser().is_dir(): return read_prepared(path)
-    path = check_group_file(path)
-    if not path.is_file():
+    published, folder = str(path) in PUBLISHED_GROUPS, Path(path).expanduser().is_dir()
+    if not published and not folder and not check_group_file(path).is_file(): # before seconds of imports
         raise FileNotFoundError(f"there is no file '{path}'; groups are a file or a folder that 'revela prepare' made, "
                                 f"or {' or '.join(PUBLISHED_GROUPS)}")
+    from revela_nb.prepared import keep_groups, read_prepared, read_published
+    from revela_nb.shards import hash_file
+    if published: return read_published(str(path), group_size=group_size)
+    if folder: return read_prepared(path)
+    path = check_group_file(path)
     return keep_groups(path, f"{path.stem}-{hash_file(path)}", file_groups(path))
 
 # %% ../nbs/18_training.ipynb #3e71d456
