@@ -16,6 +16,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from rich.box import SIMPLE
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
@@ -157,23 +158,24 @@ def draw_bench(
 def bench_cells(
     row:dict, # of `run_bench`
 )->list[str]: # cells of the table
-    "Method and size, then seconds and gigabytes with their ratios, or why the case was skipped."
-    shape, layers = row["shape"].split("-")[0], row["layers"] or "all"
-    named = [name_row(row), f"{shape}, {layers}", f"{row['chunks']} × {row['length']}"]
-    if "seconds" not in row: return [*named, escape(f"skipped: {row['skipped']}")]
+    "Method, seconds and gigabytes with their ratios, or why the case was skipped."
+    if "seconds" not in row: return [escape(f"{name_row(row)}: {row['skipped']}")]
     ratio = lambda name: f"{row[name]:.2f}" if name in row else "–"
     share = f"{row['utilisation']:.0%}" if row.get("utilisation") else "–"
     time = f"{row['seconds']:.2f}", ratio("time_ratio"), ratio("matched_ratio")
-    return [*named, *time, f"{row['peak']/1e9:.2f}", ratio("memory_ratio"), share]
+    return [name_row(row), *time, f"{row['peak']/1e9:.2f}", ratio("memory_ratio"), share]
 
 def bench_table(
     report:dict, # of `run_bench`
 )->Table:
-    "A row for each case, a line between sizes."
-    table = Table("method", "model, layers", "chunks × tokens", "seconds", "x plain", "x matched", "peak GB", "x plain", "GPU's peak")
-    key = lambda row: (row.get("axis"), row["shape"], row["chunks"], row["length"])
-    for row, after in zip(report["rows"], [*report["rows"][1:], None]):
-        table.add_row(*bench_cells(row), end_section=after is None or key(row) != key(after))
+    "For each size a heading, then a row for each case."
+    table, before = Table("", box=SIMPLE, padding=(0, 1, 0, 0), show_edge=False), None
+    for name in ("seconds", "x plain", "x matched", "GB", "x plain", "MFU"): table.add_column(name, justify="right", no_wrap=True)
+    for row in report["rows"]:
+        size = f"{row['shape']}, {row['layers'] or 'all'} layers, {row['chunks']}×{row['length']}"
+        if size != before: table.add_row(size, style="bold")
+        table.add_row(*bench_cells(row))
+        before = size
     return table
 
 # %% ../nbs/14b_sweep.ipynb #14b00022
