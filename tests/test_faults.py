@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from revela_nb.checkpoints import checkpoint_fault, last_checkpoint
 from revela_nb.trainer import RevelaTrainer
 from test_distributed import run
 
+ROOT = Path(__file__).parents[1]
 SETTINGS = dict(max_steps=8, save_strategy="steps", save_steps=2, save_total_limit=3)
 
 
@@ -136,6 +139,22 @@ def test_operating_system_refuses_to_write(tmp_path, six_steps, whole, file, roo
     assert "checkpoint-6' could not be written" in said and "'checkpoint-4' is whole" in said
     assert not (tmp_path / "checkpoint-6").exists()
     nothing_lost(tmp_path, whole)
+
+
+def test_prepare_goes_on_when_there_is_room_again(tmp_path):
+    "A limit of 6,000 bytes a file: `revela prepare` ends with an error in one line and leaves no half file; without the limit it makes what an undisturbed one makes."
+    (tmp_path / "notes").mkdir()
+    for i in range(8): (tmp_path / f"notes/{i}.md").write_text("\n\n".join(f"Text {i} of part {k} says something about topic {i * k} and {i + k} others." for k in range(40)))
+    def prepare(out, room=None):
+        limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))) if room else None
+        words = [sys.executable, "-m", "revela_nb.cli", "prepare", "notes", "--out", out, "--group-size", "4", "--max-words", "20"]
+        return subprocess.run(words, cwd=tmp_path, preexec_fn=limit, capture_output=True, text=True, timeout=170, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    def shards(out): return {p.name: p.read_bytes() for p in (tmp_path / out).glob("*.parquet")}
+    refused = prepare("out", 6000)
+    assert refused.returncode != 0 and "revela: error: " in refused.stderr and "File too large" in refused.stderr and "Traceback" not in refused.stderr
+    assert not [*(tmp_path / "out").rglob("*.partial")] and not shards("out")
+    assert prepare("out").returncode == 0 and prepare("whole").returncode == 0
+    assert shards("out") == shards("whole") and shards("out")
 
 
 def test_other_errors_are_not_called_a_full_disk(tmp_path, monkeypatch):
