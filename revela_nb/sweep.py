@@ -28,11 +28,11 @@ from .kernel import read_chunks
 
 # %% ../nbs/14b_sweep.ipynb #14b00006
 SWEEP = { # axis -> its values, and what stays; "groups": of chunks, in one batch
-    "temperature": ([1.0, 0.1, 0.01, 1e-4], dict(chunks=16, length=160)),
-    "chunks": ([4, 16, 64, 256], dict(length=32, group_size=256)),
-    "length": ([32, 64, 160, 512], dict(chunks=8)),
-    "shape": (list(SHAPES), dict(layers=1, chunks=4, length=48)),
-    "groups": ([4], dict(length=32, group_size=16)),
+    "temperature": ([1.0, 0.1, 0.01, 1e-4], dict(chunks=16, length=64, layers=2)),
+    "chunks": ([4, 16, 64, 256], dict(length=32, layers=1, group_size=256)),
+    "length": ([32, 64, 160, 512], dict(chunks=4, layers=2)),
+    "shape": (list(SHAPES), dict(chunks=4, length=32, layers=1)),
+    "groups": ([4], dict(length=32, layers=2, group_size=16)),
 }
 SLOW = 6000 # rows' tokens above which a step takes long: one is timed
 ALL = ("plain", "matched", "loop", "einsum", "fused", "pairs")

@@ -179,12 +179,12 @@ class MethodOptions:
     _argument_group_name = "Revela"
     corpus:str|None = field(default=None, metadata={"help": "train on this: 'python', a file or folder, a hub data set"})
     groups:str|None = field(default=None, metadata={
-        "help": "or on this: a file or folder that 'revela prepare' made, or "
-                "trumancai/revela_training_corpus, trumancai/revela_code_training_corpus"})
+        "help": "or on this: what 'revela prepare' made, or trumancai/revela_training_corpus, trumancai/revela_code_training_corpus"})
     retriever:str|None = field(default=None, metadata={"help": "folder or hub name; None: the backbone that ships with the package"})
     lm:str|None = field(default=None, metadata={"help": "folder or hub name of the language model; None: the same as the retriever"})
     lora:int|None = field(default=None, metadata={"help": "rank of a LoRA adapter; None: train all weights"})
-    lora_on:str = field(default="both", metadata={"choices": ["both", "retriever", "lm"], "help": "on which; the other trains whole"})
+    lora_on:str = field(default="both", metadata={
+        "choices": ["both", "retriever", "lm"], "help": "which models get the adapter; of the other all weights train"})
     lora_alpha:float|None = field(default=None, metadata={"help": "scale of the adapter; None: twice its rank (paper: 64 at 256)"})
     lora_dropout:float = field(default=0.0, metadata={"help": "in the adapter; paper: 0.1"})
     pooling:str = field(default="mean", metadata={"choices": ["eos", "mean"], "help": "eos: the paper's; mean: surer in short runs"})
