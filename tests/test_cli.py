@@ -207,7 +207,7 @@ def test_choices_are_those_of_the_method():
     from revela_nb.attention import VALUE_NORMS
     from revela_nb.batching import STRATEGIES
     choices = {item.name: item.metadata["choices"] for item in fields(TrainOptions) if "choices" in item.metadata}
-    assert choices == {"value_norm": list(VALUE_NORMS), "strategy": list(STRATEGIES), "pooling": ["eos", "mean"]}
+    assert choices == {"value_norm": list(VALUE_NORMS), "strategy": list(STRATEGIES), "pooling": ["eos", "mean"], "lora_on": ["both", "retriever", "lm"]}
 
 
 def test_nearest_name_is_suggested(tmp_path, monkeypatch, capsys):
@@ -365,7 +365,7 @@ def test_train_shows_what_it_does_to_somebody_who_watches(config, capsys, monkey
     monkeypatch.setattr(sys, "stderr", seen := Terminal())
     assert main(["train", config, "--warmup_steps", "9", "--logging_steps", "2"]) == 0
     said = seen.getvalue()
-    places = [said.index(part) for part in ("loading torch", "reading: ", "cutting: ", "loading the models", "warning: 9 steps of warm-up in a run of 4", "training on", "0/4 ", "'loss'")]
+    places = [said.index(part) for part in ("loading torch", "reading: ", "cutting: ", "loading the models", "warning: 9 steps of warm-up in a run of 4", "training on", "0/4 ", "loss=")]
     assert places == sorted(places)
     assert main(["train", config, "--output_dir", "again"]) == 0 and "warm-up" not in seen.getvalue()[len(said):]
     assert "torch" in json.loads(Path("out/revela_run.json").read_text())["versions"]
