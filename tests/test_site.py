@@ -353,7 +353,7 @@ def test_module_names_in_code_do_not_look_like_links(browser, address):
 def test_drawings_do_not_glare_in_the_dark(browser, address):
     for scheme, turned in (("light", False), ("dark", True)):
         page = browser.new_page(color_scheme=scheme)
-        for name, picture in (("05_patching", "doubled_batch.png"), ("00_tour", "/pipeline.png")):
+        for name, picture in (("05_patching", "doubled_batch.png"), ("06_model", "gradient_route.png"), ("00_tour", "/pipeline.png")):
             page.goto(f"{address}/{name}.html")
             assert ("invert" in page.evaluate(f"getComputedStyle(document.querySelector('article img[src$=\"{picture}\"]')).filter")) == turned
         page.close()
