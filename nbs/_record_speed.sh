@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_THREADS=2 PYTHONPATH="$PWD"
 python nbs/_parts.py                                                                # results/parts.json, 3 minutes
 python -m revela_nb.cli bench --out "$out/bench"                                    # 7 minutes
 cp "$out/bench/bench.json" nbs/results/bench.json
-python -m revela_nb.cli bench --sweep --out "$out/sweep"                            # 20 to 30 minutes
+python -m revela_nb.cli bench --sweep --repeats 1 --out "$out/sweep"                # 15 minutes, one timed step a case
 cp "$out/sweep/bench.json" nbs/results/bench_sweep.json
 python nbs/_kernels.py                                                              # results/kernels.json, 1 minute
 python nbs/_large.py --threads 2                                                    # results/large.json, 10 to 20 minutes
