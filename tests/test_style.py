@@ -114,3 +114,11 @@ def test_spelling(tmp_path):
     faults = [line.removeprefix(f"{tmp_path}/") for line in done.stdout.splitlines()]
     assert len([f for f in faults if f.startswith("wrong.txt")]) == 2, "codespell itself finds nothing"
     assert not [f for f in faults if not f.startswith("wrong.txt")]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_prose_stands_before_every_exported_cell(name):
+    "Words or a cell that shows something, never two exported cells in a row: STYLE wants the why before each."
+    exported = [bool(re.search(r"^#\| *exports?\b", source(c), re.M)) for c in NOTEBOOKS[name]]
+    bare = [i for i, (before, here) in enumerate(zip(exported, exported[1:]), 1) if before and here]
+    assert not bare, f"exported cells without prose before them: {bare}"
