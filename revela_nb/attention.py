@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['EPS', 'VALUE_NORMS', 'PADDING_SCORE', 'PAIRS', 'BLOCK', 'in_batch_weights', 'value_scale', 'cross_chunk_einsum',
-           'add_key_bias', 'fold_queries', 'select_pairs', 'read_by_sdpa', 'list_blocks', 'attend_block', 'read_head',
-           'head_gradients', 'ReadByMatmul', 'cross_chunk_attention']
+           'add_key_bias', 'fold_queries', 'select_pairs', 'read_by_sdpa', 'list_blocks', 'attend_block', 'read_share',
+           'share_gradients', 'share_out', 'ReadByMatmul', 'cross_chunk_attention']
 
 # %% ../nbs/04_attention.ipynb #7b886b77
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -133,68 +134,96 @@ def read_by_sdpa(
     return out
 
 # %% ../nbs/04_attention.ipynb #670fbe75
-BLOCK = 2**19 # scores held at once, at most; 2 MB in float32 stay in a CPU's cache
+BLOCK = 2**19 # scores held at once by a thread, at most; 2 MB in float32 stay in a CPU's cache
 
 def list_blocks(
     keep:Tensor, # (N, N) bool, pairs to read
+    readers:list[int], # chunks that read
     scores:int, # numbers in the scores of one pair
-)->Iterator[tuple[int, Tensor]]: # reader i, and the chunks j that it reads
+)->Iterator[tuple[int, int, Tensor]]: # place r among the readers, reader i, and chunks j that it reads
     "The pairs by reader, cut into even blocks of at most BLOCK scores."
-    for i, row in enumerate(keep):
-        j = row.nonzero()[:, 0]
-        for block in j.tensor_split(math.ceil(len(j) * scores / BLOCK) or 1): yield i, block
+    most = max(BLOCK // scores, 1)
+    for r, i in enumerate(readers):
+        j = keep[i].nonzero()[:, 0]
+        for block in j.tensor_split(math.ceil(len(j) / most) or 1): yield r, i, block
 
 def attend_block(
     query:Tensor, # (Q, E) folded queries of one reader
     key:Tensor, # (n, L, E) keys with bias of the n chunks that it reads
-)->Tensor: # (Q, n, L) attention; sums to 1 over each chunk
+    room:Tensor, # at least Q*n*L numbers, overwritten
+)->Tensor: # (Q, n, L) attention, in `room`; sums to 1 over each chunk
     "Scores by one matrix product, then a softmax for each chunk, in place."
-    scores = torch.mm(query, key.flatten(0, 1).T).unflatten(1, key.shape[:2])
+    Q, n, L = len(query), *key.shape[:2]
+    scores = torch.mm(query, key.flatten(0, 1).T, out=room[:Q*n*L].view(Q, n * L)).view(Q, n, L)
     return torch.softmax(scores, -1, out=scores)
 
 # %% ../nbs/04_attention.ipynb #670fbe76
-def read_head(
-    query:Tensor, # (N, Q, D+1) folded queries of one key head
-    key:Tensor, # (N, L, D+1) keys with bias
-    value:Tensor, # (N, L, D) directions
+def read_share(
+    readers:list[int], # chunks that read, R of N
+    query:Tensor, # (N, Hkv, Q, D+1) folded queries
+    key:Tensor, # (N, Hkv, L, D+1) keys with bias
+    value:Tensor, # (N, Hkv, L, D) directions
     weights:Tensor, # (N, N) in-batch weights
     keep:Tensor, # (N, N) bool, pairs to read
-)->Tensor: # (N, Q, D)
-    "Sum over j of w_ij P_ij U_j, one matrix product a block."
-    out = query.new_zeros(*query.shape[:2], value.shape[-1])
-    for i, j in list_blocks(keep, query.shape[1] * key.shape[1]):
-        p, wu = attend_block(query[i], key[j]), value[j] * weights[i, j, None, None]
-        out[i].addmm_(p.flatten(1), wu.flatten(0, 1))
+)->Tensor: # (R, Hkv, Q, D)
+    "Sum over j of w_ij P_ij U_j, one matrix product a block and key head."
+    out = query.new_zeros(len(readers), *query.shape[1:3], value.shape[-1])
+    scores = query.shape[2] * key.shape[2]
+    room = query.new_empty(max(BLOCK, scores))
+    for r, i, j in list_blocks(keep, readers, scores):
+        for h in range(query.shape[1]):
+            p, wu = attend_block(query[i, h], key[j, h], room), value[j, h] * weights[i, j, None, None]
+            out[r, h].addmm_(p.flatten(1), wu.flatten(0, 1))
     return out
 
 # %% ../nbs/04_attention.ipynb #f6774c90
-def head_gradients(
-    query:Tensor, # (N, Q, D+1) folded queries of one key head
-    key:Tensor, # (N, L, D+1) keys with bias
-    value:Tensor, # (N, L, D) directions
+def share_gradients(
+    readers:list[int], # chunks that read, R of N
+    query:Tensor, # (N, Hkv, Q, D+1) folded queries
+    key:Tensor, # (N, Hkv, L, D+1) keys with bias
+    value:Tensor, # (N, Hkv, L, D) directions
     weights:Tensor, # (N, N) in-batch weights
     keep:Tensor, # (N, N) bool, pairs to read
-    grad:Tensor, # (N, Q, D) gradient of the output
-)->tuple: # gradients of query, key, value, weights
+    grad:Tensor, # (N, Hkv, Q, D) gradient of the output
+)->tuple: # gradients of these readers' queries, and what they add to those of keys, values and weights
     "Attention again, then one matrix product for each gradient."
-    dq, dk, dv, dw = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, key, value, weights))
-    for i, j in list_blocks(keep, query.shape[1] * key.shape[1]):
-        k, u, w, g = key[j], value[j], weights[i, j, None, None], grad[i]
-        p = attend_block(query[i], k)                                                 # (Q, n, L)
-        du = torch.mm(p.flatten(1).T, g).view_as(u)                                   # before weighting
-        dw[i, j] = (du * u).sum((1, 2))
-        dv.index_add_(0, j, du * w)
-        dp = torch.mm(g, u.flatten(0, 1).T).view_as(p)
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).flatten(1)     # softmax's own backward
-        dq[i].addmm_(ds, (k * w).flatten(0, 1))
-        dk.index_add_(0, j, torch.mm(ds.T, query[i]).view_as(k) * w)
+    dq, dk, dv, dw = (x.new_zeros(x.shape) for x in (query[readers], key, value, weights))
+    scores = query.shape[2] * key.shape[2]
+    room, more = query.new_empty(2, max(BLOCK, scores))
+    for r, i, j in list_blocks(keep, readers, scores):
+        for h in range(query.shape[1]):
+            k, u, w, g = key[j, h], value[j, h], weights[i, j, None, None], grad[i, h]
+            p = attend_block(query[i, h], k, room)                                    # (Q, n, L)
+            du = torch.mm(p.flatten(1).T, g).view_as(u)                               # before weighting
+            dw[i, j] += (du * u).sum((1, 2))
+            dv[:, h].index_add_(0, j, du.mul_(w))
+            dp = torch.mm(g, (u * w).flatten(0, 1).T, out=more[:p.numel()].view(len(p), -1)).view_as(p)
+            ds = torch.ops.aten._softmax_backward_data.out(dp, p, -1, p.dtype, grad_input=dp).flatten(1) # softmax's own, in place
+            dq[r, h].addmm_(ds, k.flatten(0, 1))
+            dk[:, h].index_add_(0, j, torch.mm(ds.T, query[i, h]).view_as(k))
     return dq, dk, dv, dw
+
+# %% ../nbs/04_attention.ipynb #f6774c92
+def share_out(
+    work:Callable[[list[int]], object], # takes the numbers of some readers, and changes nothing that others see
+    readers:int, # N
+)->list: # what it returned, one item a thread
+    "Give every CPU thread readers of its own, whose products it makes alone, in full precision and without autograd."
+    threads = torch.get_num_threads()
+    shares = torch.arange(readers).tensor_split(min(threads, readers))
+    def alone(share):
+        torch.set_num_threads(1)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False): return work(share.tolist())
+    try:
+        if len(shares) == 1: return [alone(shares[0])]
+        torch.set_num_threads(1)                                                      # MKL has one number for all threads
+        with ThreadPoolExecutor(len(shares)) as pool: return list(pool.map(alone, shares))
+    finally: torch.set_num_threads(threads)
 
 # %% ../nbs/04_attention.ipynb #f6774c91
 class ReadByMatmul(torch.autograd.Function):
     "Reading by matrix products, a block of pairs at a time; saves only its inputs and computes attention again in backward."
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
     def forward(ctx,
         query:Tensor, # (N, Hkv, Q, D+1) folded queries
         key:Tensor, # (N, Hkv, L, D+1) keys with bias
@@ -202,20 +231,17 @@ class ReadByMatmul(torch.autograd.Function):
         weights:Tensor, # (N, N) in-batch weights
         keep:Tensor, # (N, N) bool, pairs to read
     )->Tensor: # (N, Hkv, Q, D)
-        "Head by head."
+        "Every thread's readers, end to end."
         ctx.save_for_backward(query, key, value, weights, keep)
-        heads = zip(*(x.unbind(1) for x in (query, key, value)))
-        return torch.stack([read_head(*head, weights, keep) for head in heads], 1)
+        return torch.cat(share_out(lambda readers: read_share(readers, query, key, value, weights, keep), len(query)))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad:Tensor)->tuple:
         "Gradients of query, key, value, weights; None for keep."
-        *inputs, weights, keep = ctx.saved_tensors
-        heads = zip(*(x.unbind(1) for x in (*inputs, grad.contiguous())))
-        dq, dk, dv, dw = zip(*(head_gradients(*head, weights, keep, g) for *head, g in heads))
-        return *(torch.stack(x, 1) for x in (dq, dk, dv)), sum(dw), None
+        given = *ctx.saved_tensors, grad.contiguous()                                 # here, since checkpointing may make them anew
+        dq, *others = zip(*share_out(lambda readers: share_gradients(readers, *given), len(grad)))
+        return torch.cat(dq), *(sum(x) for x in others), None
 
 # %% ../nbs/04_attention.ipynb #3f412903
 def cross_chunk_attention(

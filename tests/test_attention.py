@@ -1,4 +1,6 @@
 """Random shapes, masks and weights: the fused kernel equals the authors' einsum, forward and backward; awkward cases."""
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -176,6 +178,56 @@ def test_threshold_bounds_the_similaritys_gradient_too(n, length, seed, temperat
     assert ((gradient(min_weight=threshold) - exact).abs() <= w * (left_out + weight_lost) * most / temperature + rounding).all()
 
 
+@contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try: yield
+    finally: torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("number", [2, 3, 7])
+def test_threads_share_the_readers_and_change_nothing(number):
+    "Five chunks in two groups, one chunk alone: shares are uneven, and with seven threads some would have none."
+    results = []
+    for n in (1, number):
+        q, k, v, mask, similarity = layer(5, 4, 2, 6, 8, 0)
+        leaves = [x.requires_grad_() for x in (q, k, v, similarity)]
+        with threads(n):
+            weights = torch.nn.functional.pad(in_batch_weights(leaves[3][:4, :4], 1.0, 2), (0, 1, 0, 1))
+            out = cross_chunk_attention(*leaves[:3], weights, mask)
+            results.append([out.detach(), *torch.autograd.grad(out.cos().sum(), leaves)])
+            assert torch.get_num_threads() == n
+    for one, several in zip(*results): torch.testing.assert_close(several, one, atol=1e-6, rtol=1e-6)
+
+
+def test_threads_see_neither_autocast_nor_inference_mode():
+    q, k, v, mask, similarity = layer(4, 4, 2, 6, 8, 0)
+    w = in_batch_weights(similarity, 1.0)
+    with threads(2):
+        expected = cross_chunk_attention(q, k, v, w, mask)
+        with torch.autocast("cpu", torch.bfloat16): torch.testing.assert_close(cross_chunk_attention(q, k, v, w, mask), expected, atol=1e-6, rtol=0)
+        with torch.inference_mode(): torch.testing.assert_close(cross_chunk_attention(q.clone(), k.clone(), v.clone(), w.clone(), mask), expected)
+
+
+@pytest.mark.parametrize("pairs", [1, 3, 6.8, 20])
+@pytest.mark.parametrize("n", [2, 8, 14])
+def test_blocks_fit_the_room_made_for_them(n, pairs, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", int(pairs * 100))
+    blocks = list(attention.list_blocks(torch.ones(n, n).fill_diagonal_(0).bool(), [0, n - 1], 100))
+    assert max(len(j) for *_, j in blocks) * 100 <= attention.BLOCK
+    for r, i in enumerate((0, n - 1)): assert torch.cat([j for place, reader, j in blocks if (place, reader) == (r, i)]).tolist() == [j for j in range(n) if j != i]
+
+
+def test_an_error_in_a_thread_is_raised_and_leaves_their_number():
+    def fail(readers):
+        if 3 in readers: raise ValueError("reader 3")
+    with threads(2):
+        with pytest.raises(ValueError, match="reader 3"): attention.share_out(fail, 4)
+        assert torch.get_num_threads() == 2
+        assert sorted(sum(attention.share_out(lambda readers: readers, 5), [])) == [0, 1, 2, 3, 4]
+
+
 class Written(TorchDispatchMode):
     "Numbers that matrix products write, and the largest tensor that anything makes."
     def __init__(self):
@@ -192,7 +244,8 @@ class Written(TorchDispatchMode):
 
 def written(weights, length=32):
     q, k, v = (torch.randn(len(weights), h, length, 8, generator=torch.Generator().manual_seed(0), requires_grad=True) for h in (4, 2, 2))
-    with Written() as counted: cross_chunk_attention(q, k, v, weights, torch.ones(len(weights), length, dtype=torch.bool)).sum().backward()
+    with threads(1), Written() as counted: # a dispatch mode sees its own thread only
+        cross_chunk_attention(q, k, v, weights, torch.ones(len(weights), length, dtype=torch.bool)).sum().backward()
     return counted
 
 
