@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from tqdm import tqdm
 from transformers import set_seed
 
@@ -29,8 +29,9 @@ from revela_nb.reading import load_corpus
 from revela_nb.demo import CHUNK_WORDS, MAX_LENGTH, TRAIN_LENGTH, backbone_folder, demo_model, docstring_task, function_documents, sample_documents, train_demo, versions
 from revela_nb.bm25 import bm25_run
 from revela_nb.evaluation import dense_run, load_beir, score_queries
-from revela_nb.grouping import EMBEDDING, group_by
+from revela_nb.grouping import EMBEDDING, group_by, parse_strategy
 from revela_nb.model import Revela
+from revela_nb.prepare import deal_documents
 from revela_nb.retriever import Retriever
 
 log = logging.getLogger("results")
@@ -43,7 +44,7 @@ ABLATIONS = {
     "frozen LM": dict(freeze_lm=True), "strategy random": dict(strategy="random"), "strategy bm25": dict(strategy="bm25"), "strategy document": dict(run_length=16),
     "groups of 4": dict(group_size=4, groups_a_step=4), "chunks of 40 words": dict(max_words=40, max_length=112, fewer_steps=2), "temperature 1": dict(temperature=1.0),
     "groups of 32": dict(group_size=32, fewer_steps=2), "chunks of 10 words": dict(max_words=10, max_length=28, groups_a_step=2),
-    "strategy cluster": dict(strategy="cluster"), "strategy remine": dict(strategy="remine"), "strategy demo": dict(), # the demo's own, as a control on the same documents
+    "strategy cluster": dict(strategy="cluster"), "strategy remine": dict(strategy="remine"), "strategy mixture": dict(strategy="document:0.5,bm25:0.5"), "strategy demo": dict(), # the demo's own, as a control on the same documents
 }
 POOL = 20_000 # chunks from which the groups of one seed are made
 REFERENCES = ("untrained", "untrained_eos", "bm25") # nothing to train, so one seed
@@ -108,12 +109,21 @@ def embedded_groups(chunks, strategy, retriever, seed, group_size, facts):
     return Dataset.from_dict({"ids": [[ids[i] for i in g] for g in made], "texts": [[texts[i] for i in g] for g in made]}, features=GROUP_FEATURES)
 
 
+def mixed_groups(chunks, shares, seed, **options):
+    "Every document dealt to one strategy, as `revela prepare` deals them."
+    documents, rng = np.unique(chunks["doc_id"][:], return_inverse=True)[1], np.random.default_rng(seed)
+    part = deal_documents(shares, documents.max() + 1, rng)[documents]
+    made = [make_groups(chunks.select(np.flatnonzero(part == k)), strategy=strategy, seed=seed, **options) for k, strategy in enumerate(shares)]
+    return concatenate_datasets(made).shuffle(seed)
+
+
 def groups_of(documents, seed, max_words=CHUNK_WORDS, strategy="document", group_size=16, run_length=2, retriever=None, facts=None):
     "The demo's groups, or others of the same documents."
     chunks = chunk_corpus(documents, max_words=max_words)
     chunks = chunks.select(range(min(POOL * CHUNK_WORDS // max_words, len(chunks))))
     if strategy in EMBEDDING: return embedded_groups(chunks, strategy, retriever, seed, group_size, facts)
-    return make_groups(chunks, group_size=group_size, strategy=strategy, seed=seed, run_length=run_length)
+    shares, options = parse_strategy(strategy), dict(group_size=group_size, run_length=run_length)
+    return mixed_groups(chunks, shares, seed, **options) if len(shares) > 1 else make_groups(chunks, strategy=strategy, seed=seed, **options)
 
 
 class Regrouped(torch.utils.data.Dataset):

@@ -206,18 +206,19 @@ def share_gradients(
 # %% ../nbs/04_attention.ipynb #f6774c92
 def share_out(
     work:Callable[[list[int]], object], # takes the numbers of some readers, and changes nothing that others see
-    readers:int, # N
+    keep:Tensor, # (N, N) bool, pairs to read
+    scores:int, # numbers in the scores of one pair
 )->list: # what it returned, one item a thread
-    "Give every CPU thread readers of its own, whose products it makes alone, in full precision and without autograd."
-    threads = torch.get_num_threads()
-    shares = torch.arange(readers).tensor_split(min(threads, readers))
+    "Give every CPU thread readers of its own where these fill their blocks; else all threads share each product."
+    threads, large = torch.get_num_threads(), keep.sum() * scores >= len(keep) * BLOCK
+    shares = torch.arange(len(keep)).tensor_split(min(threads, len(keep)) if large else 1)
     def alone(share):
-        torch.set_num_threads(1)
         with torch.no_grad(), torch.autocast("cpu", enabled=False): return work(share.tolist())
+    if len(shares) == 1: return [alone(shares[0])]
     try:
-        if len(shares) == 1: return [alone(shares[0])]
         torch.set_num_threads(1)                                                      # MKL has one number for all threads
-        with ThreadPoolExecutor(len(shares)) as pool: return list(pool.map(alone, shares))
+        pool = ThreadPoolExecutor(len(shares), initializer=torch.set_num_threads, initargs=(1,))
+        with pool: return list(pool.map(alone, shares))
     finally: torch.set_num_threads(threads)
 
 # %% ../nbs/04_attention.ipynb #f6774c91
@@ -233,14 +234,16 @@ class ReadByMatmul(torch.autograd.Function):
     )->Tensor: # (N, Hkv, Q, D)
         "Every thread's readers, end to end."
         ctx.save_for_backward(query, key, value, weights, keep)
-        return torch.cat(share_out(lambda readers: read_share(readers, query, key, value, weights, keep), len(query)))
+        scores = query.shape[2] * key.shape[2]
+        return torch.cat(share_out(lambda readers: read_share(readers, query, key, value, weights, keep), keep, scores))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad:Tensor)->tuple:
         "Gradients of query, key, value, weights; None for keep."
         given = *ctx.saved_tensors, grad.contiguous()                                 # here, since checkpointing may make them anew
-        dq, *others = zip(*share_out(lambda readers: share_gradients(readers, *given), len(grad)))
+        keep, scores = given[4], given[0].shape[2] * given[1].shape[2]
+        dq, *others = zip(*share_out(lambda readers: share_gradients(readers, *given), keep, scores))
         return torch.cat(dq), *(sum(x) for x in others), None
 
 # %% ../nbs/04_attention.ipynb #3f412903

@@ -42,12 +42,15 @@ def save_file(
     path: Path, # the name it shall have
     write: Callable[[Path], None], # writes the content to the path it is given
 ) -> dict: # "file" and "sha256", for the record
-    "Write a file whole or not at all, whoever else writes the same one."
+    "Write a file whole or not at all, whoever else writes the same one. Raises an OSError that names it."
     partial = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.partial")
     try:
         write(partial)
         digest = hash_file(partial)
         os.replace(partial, path)
+    except OSError as error:
+        raise OSError(f"'{path}' could not be written ({error}): is there room on the disk? "
+                      "What was finished before is kept; the same command goes on from there") from error
     finally: partial.unlink(missing_ok=True)
     return {"file": path.name, "sha256": digest}
 

@@ -187,8 +187,9 @@ def threads(number):
 
 
 @pytest.mark.parametrize("number", [2, 3, 7])
-def test_threads_share_the_readers_and_change_nothing(number):
+def test_threads_share_the_readers_and_change_nothing(number, monkeypatch):
     "Five chunks in two groups, one chunk alone: shares are uneven, and with seven threads some would have none."
+    monkeypatch.setattr(attention, "BLOCK", 10) # so that these pairs are many
     results = []
     for n in (1, number):
         q, k, v, mask, similarity = layer(5, 4, 2, 6, 8, 0)
@@ -201,7 +202,8 @@ def test_threads_share_the_readers_and_change_nothing(number):
     for one, several in zip(*results): torch.testing.assert_close(several, one, atol=1e-6, rtol=1e-6)
 
 
-def test_threads_see_neither_autocast_nor_inference_mode():
+def test_threads_see_neither_autocast_nor_inference_mode(monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK", 10)
     q, k, v, mask, similarity = layer(4, 4, 2, 6, 8, 0)
     w = in_batch_weights(similarity, 1.0)
     with threads(2):
@@ -223,9 +225,10 @@ def test_an_error_in_a_thread_is_raised_and_leaves_their_number():
     def fail(readers):
         if 3 in readers: raise ValueError("reader 3")
     with threads(2):
-        with pytest.raises(ValueError, match="reader 3"): attention.share_out(fail, 4)
+        with pytest.raises(ValueError, match="reader 3"): attention.share_out(fail, torch.ones(4, 4).bool(), attention.BLOCK)
         assert torch.get_num_threads() == 2
-        assert sorted(sum(attention.share_out(lambda readers: readers, 5), [])) == [0, 1, 2, 3, 4]
+        assert attention.share_out(lambda readers: readers, torch.ones(5, 5).bool(), attention.BLOCK) == [[0, 1, 2], [3, 4]]
+        assert attention.share_out(lambda readers: (readers, torch.get_num_threads()), torch.ones(5, 5).bool(), 10) == [([0, 1, 2, 3, 4], 2)] # small products
 
 
 class Written(TorchDispatchMode):

@@ -356,6 +356,7 @@ def test_train_refuses_models_and_folders(config, capsys, models):
     refused(capsys, ["train", config, "--patience", "2"], "--eval_beir")
     refused(capsys, ["train", config, "--patience", "2", "--eval_beir", "notes"], "eval_strategy")
     refused(capsys, ["train", config, "--patience", "2", "--eval_beir", "notes", "--eval_strategy", "steps", "--eval_steps", "3"], "--save_steps 3 instead of --save_steps 2")
+    refused(capsys, ["train", config, "--metric_for_best_model", "ndgc@10", "--eval_beir", "notes", "--eval_strategy", "epoch"], "ndgc@10", "mrr@10")
     refused(capsys, ["train", config, "--output_dir", "notes"], "notes")
     refused(capsys, ["train", config, "--output_dir", "notes/pets.md"], "pets.md")
 
