@@ -63,9 +63,9 @@ def activation_bytes(
 def device_memory(
     device:torch.device, # where the run will be
 )->float: # bytes in all
-    "Memory of a GPU, or of this machine."
+    "Memory of a GPU, or of this machine, parted among the processes that torchrun or accelerate started on it."
     if device.type == "cuda": return float(torch.cuda.mem_get_info(device)[1])
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 # %% ../nbs/17_launch.ipynb #5a0d1e02
 def logit_rows(

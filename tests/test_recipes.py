@@ -91,6 +91,14 @@ def test_plan_counts_a_devices_part_and_refuses_it(tmp_path, monkeypatch, engine
     with pytest.raises(MemoryError, match="more devices" if stage == 3 else "configs/fsdp2.yaml"): refuse_oversized(plan, args)
 
 
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    from revela_nb.launch import device_memory
+    cpu = torch.device("cpu")
+    alone = device_memory(cpu)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert device_memory(cpu) == alone / 4
+
+
 # ------------------------------------------------------------------ engines
 
 def train_all(engine, commands):
