@@ -46,24 +46,31 @@ class Products(torch.autograd.Function):
         n = len(query)
         q, k, v = query.reshape(n, HKV, -1, D), *(x.transpose(0, 1).contiguous().flatten(1, 2) for x in (key, value))
         ctx.save_for_backward(q, k, v)
-        for h in range(HKV):
-            for i, block in Products.blocks(q, k): torch.mm(torch.mm(q[i, h], k[h, block].T), v[h, block])
+        def work(readers):
+            for h in range(HKV):
+                for i, block in Products.blocks(q, k, readers): torch.mm(torch.mm(q[i, h], k[h, block].T), v[h, block])
+        Products.share(work, q, k)
         return query.clone()
 
     @staticmethod
-    def blocks(q, k):
+    def share(work, q, k): attention.share_out(work, ~torch.eye(len(q), dtype=torch.bool), q.shape[2] * k.shape[1] // len(q)) # threads as ours
+
+    @staticmethod
+    def blocks(q, k, readers):
         n, others = len(q), k.shape[1] // len(q) * (len(q) - 1)
         size = -(-(n - 1) // -(-(n - 1) * q.shape[2] * k.shape[1] // n // attention.BLOCK)) * k.shape[1] // n # blocks as ours
-        return [(i, slice(at, min(at + size, others))) for i in range(n) for at in range(0, others, size)]
+        return [(i, slice(at, min(at + size, others))) for i in readers for at in range(0, others, size)]
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v = ctx.saved_tensors
         g = grad.reshape(q.shape)
-        for h in range(HKV):
-            for i, block in Products.blocks(q, k):
-                p = torch.mm(q[i, h], k[h, block].T)
-                torch.mm(p.T, g[i, h]); torch.mm(g[i, h], v[h, block].T); torch.mm(p, k[h, block]); torch.mm(p.T, q[i, h])
+        def work(readers):
+            for h in range(HKV):
+                for i, block in Products.blocks(q, k, readers):
+                    p = torch.mm(q[i, h], k[h, block].T)
+                    torch.mm(p.T, g[i, h]); torch.mm(g[i, h], v[h, block].T); torch.mm(p, k[h, block]); torch.mm(p.T, q[i, h])
+        Products.share(work, q, k)
         return (None,) * 3
 
 

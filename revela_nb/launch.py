@@ -265,12 +265,13 @@ FIGURES = ("ndcg@10", "recall@100", "mrr@10") # what an evaluation gives
 
 def patience_options(
     given:dict, # options by name, as typed
-)->dict: # those that follow from patience, and replace what was typed
+)->dict: # those that follow from patience or from looking for the best, and replace what was typed
     "Judge by nDCG@10, save at every evaluation, end with the best. Raises a ValueError where that cannot be."
     judge = given["metric_for_best_model"]
     if judge and given["eval_beir"] and judge.removeprefix("eval_") not in FIGURES:
         raise ValueError(f"--metric_for_best_model {judge}: an evaluation gives {', '.join(FIGURES)}")
-    if not given["patience"]: return {}
+    judged = given.get("load_best_model_at_end") or given.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+    if not given["patience"]: return {"metric_for_best_model": judge or "ndcg@10"} if given["eval_beir"] and judged else {}
     if not given["eval_beir"]: raise ValueError("--patience needs figures that may stop gaining: give --eval_beir FOLDER")
     how, every = str(given["eval_strategy"]), given["eval_steps"] or given["logging_steps"]
     saves = {"save_strategy": how} | ({"save_steps": every} if how == "steps" else {})
@@ -282,6 +283,7 @@ def patience_options(
     best = {"metric_for_best_model": judge or "ndcg@10", "load_best_model_at_end": True}
     return saves | best | {"restore_callback_states_from_checkpoint": True}
 
+# %% ../nbs/17_launch.ipynb #5a0d1e31
 class StopWithoutGain(EarlyStoppingCallback):
     "transformers' early stopping that, when a run is started again, knows that it had stopped it."
     def on_train_begin(self, args, state, control, **kwargs)->None:

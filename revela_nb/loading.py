@@ -51,7 +51,7 @@ def find_folder(
     folder = Path(name_or_path).expanduser()
     inside = folder / "retriever"
     if (inside / "retriever_config.json").is_file() and not any(folder.glob("*config.json")): return inside # of a run
-    if (folder / "revela_run.json").is_file() and not inside.is_dir():
+    if (folder / "revela_run.json").is_file() and not any(folder.glob("*config.json")):
         raise FileNotFoundError(f"the training run in '{folder}' is not finished, so there is no retriever in it yet: "
                                 "start its command again, which goes on from the last checkpoint")
     if folder.is_dir(): return folder

@@ -110,10 +110,11 @@ def checkpoints_in_mode(
         if getattr(checkpoint, "keywords", {}).get("use_reentrant"):
             raise ValueError('gradient checkpointing must be non-reentrant: activation_checkpointing_enable({"use_reentrant": False})')
         @torch.compiler.disable
-        def run(function:partial, *args): # of the layer's forward
-            forward = torch.compile(function.func) if layer in COMPILED else function.func
+        def run(function:Callable, *args): # a `partial` of the layer's forward
+            if layer in COMPILED and isinstance(function, partial):
+                function = partial(torch.compile(function.func), *function.args, **function.keywords)
             def again(*args):
-                with in_batch_mode(model): return forward(*function.args, *args, **function.keywords)
+                with in_batch_mode(model): return function(*args)
             return checkpoint(again, *args)
         return run
     try:

@@ -9,6 +9,7 @@ __all__ = ['log', 'UNSEEN', 'CHUNK_FIELDS', 'CHUNK_SCHEMA', 'STATE', 'CHANGED', 
            'ChunkShards', 'cut_source', 'stream_shards', 'load_columns', 'split_rows']
 
 # %% ../nbs/09d_shards.ipynb #b34b599a
+import errno
 import hashlib, json, logging, os, platform, re, time, unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -42,14 +43,15 @@ def save_file(
     path: Path, # the name it shall have
     write: Callable[[Path], None], # writes the content to the path it is given
 ) -> dict: # "file" and "sha256", for the record
-    "Write a file whole or not at all, whoever else writes the same one. Raises an OSError that names it."
+    "Write a file whole or not at all, whoever else writes the same one. Raises an OSError that names it where there is no room."
     partial = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}.partial")
     try:
         write(partial)
         digest = hash_file(partial)
         os.replace(partial, path)
     except OSError as error:
-        raise OSError(f"'{path}' could not be written ({error}): is there room on the disk? "
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT): raise # `write` may read, too
+        raise OSError(f"'{path}' could not be written ({error}): there is no room for it. "
                       "What was finished before is kept; the same command goes on from there") from error
     finally: partial.unlink(missing_ok=True)
     return {"file": path.name, "sha256": digest}

@@ -191,9 +191,12 @@ def layer_lines(
 def traced_bytes(
     function:Callable, # without arguments; on the CPU
 )->tuple[int, int]: # bytes still held at its end, its result being alive; most held at once
-    "What torch allocates while a function runs."
+    "What torch allocates while a function runs; on one thread, since the profiler sees no other."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace: result = function()
     events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
+    torch.set_num_threads(threads)
     held = list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
     del result
     return (held[-1], max(held)) if held else (0, 0)

@@ -408,6 +408,13 @@ def test_lora_on_either_model(models, other_model, part):
         assert trained and all("lora" in n for n in trained) == adapted[name]
 
 
+def test_the_best_is_judged_by_ndcg_where_no_metric_is_named(config, beir, capsys):
+    words = ["--max_steps", "2", "--load_best_model_at_end", "true", "--eval_beir", "beir", "--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1"]
+    assert main(["train", config, *words]) == 0
+    assert "the best, of step " in capsys.readouterr().out
+    assert json.loads(Path("out/checkpoint-2/trainer_state.json").read_text())["best_metric"] is not None
+
+
 def test_patience_stops_keeps_the_best_and_survives_a_kill(config, beir, capsys, monkeypatch):
     "nDCG@10 is best at step 2 and patience 2: the run stops after step 4, and what is saved is the retriever of step 2; also where it is killed in step 4, and where it is killed after it."
     import torch

@@ -252,7 +252,9 @@ def test_compiled_layers_learn_the_same(monkeypatch, checkpointing):
     assert compile_layers(lm) == lm.config.num_hidden_layers and compile_layers(MODELS["llama"]()) == 2 and not graphs
     try:
         torch.testing.assert_close(gradients(lm, ids, mask, weights()), (loss, grad), atol=1e-6, rtol=1e-5)
-        assert graphs
+        found = len(graphs)
+        gradients(lm, ids, mask, weights())
+        assert len(graphs) == found > 1                                                                      # around our attention; a second step adds none
         torch.testing.assert_close(lm(ids, attention_mask=mask).logits, plain, atol=1e-6, rtol=1e-5)
     finally: torch._dynamo.reset()
 

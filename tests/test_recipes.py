@@ -94,6 +94,7 @@ def test_plan_counts_a_devices_part_and_refuses_it(tmp_path, monkeypatch, engine
 def test_processes_of_one_machine_share_its_memory(monkeypatch):
     from revela_nb.launch import device_memory
     cpu = torch.device("cpu")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     alone = device_memory(cpu)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert device_memory(cpu) == alone / 4

@@ -200,6 +200,9 @@ def test_adapter_of_the_authors_layout(toy, tmp_path):
 
 def test_bad_folders(toy, tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a folder"): Retriever.from_pretrained(tmp_path / "missing")
+    (tmp_path / "run/retriever").mkdir(parents=True)
+    (tmp_path / "run/revela_run.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="'.*run' is not finished"): Retriever.from_pretrained(tmp_path / "run")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="No model can be loaded"): Retriever.from_pretrained(tmp_path / "empty")
     corrupt = shutil.copytree(toy, tmp_path / "corrupt")
