@@ -9,7 +9,8 @@ __all__ = ['SPANNING', 'BINS', 'build_lm', 'RevelaOutput', 'GatherRows', 'Spanni
 
 # %% ../nbs/06_model.ipynb #533934ef
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -93,7 +94,7 @@ class SpanningReading:
     key_mask: Tensor # (k, B, L) bool, True at real tokens, of all ranks
     value_norm: str # "unit", "rescaled" or "none"
     min_weight: float | None = None # pairs with this weight or less are left out; None: exact to rounding
-    layers: int = 0 # counts the attention layers that were reached
+    layers: count = field(default_factory=count) # of attention layers reached, as in `Reading`
 
 # %% ../nbs/06_model.ipynb #60000002
 def spanning_attention(
@@ -110,7 +111,7 @@ def spanning_attention(
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if revela_reading is None: return out, None
     r, B = revela_reading, len(query) // 2
-    r.layers += 1
+    next(r.layers)
     keys, values = GatherRows.apply(torch.stack([key[:B], value[:B]])).unbind(1)       # (k, B, Hkv, L, D) each
     norm, scale = r.value_norm, 1.0
     if norm == "rescaled": norm, scale = "unit", value_scale(values.flatten(0, 1), r.key_mask.flatten(0, 1), norm)
@@ -213,6 +214,7 @@ class Revela(WeighingModule):
         if value_norm not in VALUE_NORMS: raise ValueError(f"value_norm must be one of {VALUE_NORMS}, got {value_norm!r}")
         if min_weight is not None and not 0 <= min_weight < 1: raise ValueError(f"min_weight must be in [0, 1), got {min_weight}")
         self.retriever, self.lm = retriever, lm
+        self._no_split_modules = sorted({*retriever.encoder._no_split_modules, *lm._no_split_modules}) # FSDP shards each such layer
         self.value_norm, self.min_weight, self.dual_loss = value_norm, min_weight, dual_loss
         if freeze_lm: lm.requires_grad_(False)
 

@@ -11,9 +11,10 @@ __all__ = ['NAME', 'COMPILED', 'TOKENS', 'CHANGED', 'Reading', 'in_batch_attenti
 # %% ../nbs/05_patching.ipynb #69298562
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
+from itertools import count
 from weakref import WeakSet
 
 import torch
@@ -41,7 +42,7 @@ class Reading:
     min_weight: float | None = None # pairs with this weight or less are left out; None: exact to rounding
     pairs: Pairs | None = None # the pairs worth computing, listed once a step; None: found in every layer
     group_size: int | None = None # chunks per group; None: one group. "rescaled" takes its mean over a group
-    layers: int = 0 # counts the attention layers that were reached
+    layers: count = field(default_factory=count) # of attention layers reached; FSDP copies this record, and an iterator stays one
 
 # %% ../nbs/05_patching.ipynb #59c3070f
 @torch.compiler.disable
@@ -61,7 +62,7 @@ def in_batch_attention(
     if revela_reading is None:
         raise ValueError(f"{type(module).__name__} does not hand keyword arguments on to its attention function")
     r = revela_reading
-    r.layers += 1
+    next(r.layers)
     plain, busy = zip(*(x.chunk(2) for x in (query, key, value)))
     masks = (None, None) if attention_mask is None else attention_mask.expand(len(query), -1, -1, -1).chunk(2)
     out, added = (sdpa_attention_forward(module, *x, mask, scaling=scaling, **kwargs)[0] for x, mask in zip((plain, busy), masks))
@@ -246,9 +247,9 @@ def run_streams(
     positions:Tensor, # (2B, L) bool, where the head looks
 )->tuple[Tensor, dict[str, Tensor]]: # logits (M, V) as the model returns them; what the head read and made
     "The model on the doubled batch. Raises TypeError if some layer was not reached."
-    model, before = base_lm(lm), reading.layers
+    model, before = base_lm(lm), next(reading.layers)
     with head_reads(model, positions) as seen: logits = lm(**inputs, use_cache=False, revela_reading=reading).logits
-    reached, expected = reading.layers - before, model.config.get_text_config().num_hidden_layers
+    reached, expected = next(reading.layers) - before - 1, model.config.get_text_config().num_hidden_layers
     if reached < expected:
         raise TypeError(f"{type(model).__name__} cannot be patched: only {reached} of {expected} layers call the attention interface")
     seen["bare"] = logits is seen["logits"]                                            # not by value: NaN differs from itself

@@ -109,7 +109,8 @@ def train_all(engine, commands):
     that it goes with nccl and GPUs. The engines themselves (torch's fully_shard, DeepSpeed) are untouched, and what runs is asserted."""
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
-    from transformers import TrainerCallback
+    from torch.distributed.fsdp import FSDPModule
+    from transformers.modeling_layers import GradientCheckpointingLayer
     import revela_nb.launch as launch
     if engine != "ddp":
         PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
@@ -117,7 +118,8 @@ def train_all(engine, commands):
     class Look(launch.StopOnSignal):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             kinds = {type(p).__name__ for p in model.parameters()} | {"partitioned" for p in model.parameters() if hasattr(p, "ds_status")}
-            Path(args.output_dir, f"engine{args.process_index}.json").write_text(json.dumps({"engine": args.distributed_state.distributed_type.value, "world": args.world_size, "parameters": sorted(kinds)}))
+            Path(args.output_dir, f"engine{args.process_index}.json").write_text(json.dumps({"engine": args.distributed_state.distributed_type.value, "world": args.world_size, "parameters": sorted(kinds),
+                                                                                         "shards": sum(isinstance(m, FSDPModule) for m in model.modules()), "layers": sum(isinstance(m, GradientCheckpointingLayer) for m in model.modules())}))
             return super().on_step_end(args, state, control, **kwargs)
     launch.StopOnSignal = Look
     for words in commands: assert main([*words, "--verbose"]) == 0
@@ -144,6 +146,7 @@ def check_engine(engine, run):
     for rank in (0, 1):
         seen = json.loads((run / f"engine{rank}.json").read_text())
         assert (seen["engine"], seen["parameters"], seen["world"]) == (*ENGINE_SAYS[engine], 2)
+        assert seen["shards"] == (seen["layers"] + 1 if engine == "fsdp2" else 0) and seen["layers"] >= 4 # every layer of both models, and the rest
     assert Retriever.from_pretrained(run / "retriever").encode_passages(CHUNKS, progress=False).isfinite().all()
     adapter = load_file(run / "retriever/adapter_model.safetensors")
     assert any(x.abs().max() > 0 for name, x in adapter.items() if "lora_B" in name) # zero before training
