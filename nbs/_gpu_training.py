@@ -197,8 +197,7 @@ def calibrated(*args):
     except Exception:
         if not torch.cuda.is_available(): raise
         log.exception("trying without the Triton kernels")
-        kernel = importlib.import_module("revela_nb.kernel")
-        kernel.runs_triton = never
+        for name in ("streams", "patching"): importlib.import_module(f"revela_nb.{name}").runs_triton = never
     sweep()
     return steps_measured(*args) | {"triton": False}
 

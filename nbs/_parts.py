@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from revela_nb.bench import BenchCase, bench_weights, layer_inputs, random_lm, time_in_turns, training_step
-from revela_nb.kernel import read_chunks
-from revela_nb.patching import reported_loss, trained_loss
+from revela_nb.streams import read_chunks
+from revela_nb.loss import reported_loss, trained_loss
 
 OUT = Path(__file__).resolve().parent / "results" / "parts.json"
 

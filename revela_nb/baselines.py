@@ -75,7 +75,7 @@ def continuation_scores(
         for i, j in (part.T for part in pairs.split(batch_size) if len(part)):
             ids, mask = torch.cat([input_ids[j], input_ids[i]], 1), torch.cat([attention_mask[j], attention_mask[i]], 1)
             asked = torch.cat([torch.zeros_like(continuation[i]), continuation[i]], 1)
-            with head_reads(base_lm(lm), asked.roll(-1, 1)): # the place before a token predicts it
+            with head_reads(base_lm(lm), asked.roll(-1, 1).flatten().nonzero()[:, 0]): # the place before a token predicts it
                 positions = (mask.cumsum(-1) - 1).clamp(min=0)
                 logits = lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[0]
             told = -F.cross_entropy(logits.float(), ids[asked], reduction="none")

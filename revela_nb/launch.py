@@ -21,7 +21,8 @@ from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallbac
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from .model import BINS, Revela
-from .patching import TOKENS, base_lm
+from .loss import TOKENS
+from .patching import base_lm
 from .trainer import RevelaArguments, RevelaTrainer, predicted_tokens
 
 # %% ../nbs/17_launch.ipynb #4545f7f0

@@ -9,8 +9,7 @@ __all__ = ['SPANNING', 'BINS', 'build_lm', 'RevelaOutput', 'GatherRows', 'Spanni
 
 # %% ../nbs/06_model.ipynb #533934ef
 import math
-from dataclasses import dataclass, field
-from itertools import count
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,9 +24,10 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import ModelOutput
 
 from .attention import VALUE_NORMS, in_batch_weights, value_scale
-from .kernel import read_chunks
+from .streams import REACHED, read_chunks
 from .loading import LORA_TARGETS, add_lora, find_folder, quiet_transformers
-from .patching import InBatchOutput, base_lm, double, in_batch_forward, labelled_positions, stream_losses
+from .loss import labelled_positions
+from .patching import InBatchOutput, base_lm, double, in_batch_forward, stream_losses
 from .retriever import Retriever
 
 # %% ../nbs/06_model.ipynb #4ea3df1b
@@ -94,7 +94,6 @@ class SpanningReading:
     key_mask: Tensor # (k, B, L) bool, True at real tokens, of all ranks
     value_norm: str # "unit", "rescaled" or "none"
     min_weight: float | None = None # pairs with this weight or less are left out; None: exact to rounding
-    layers: count = field(default_factory=count) # of attention layers reached, as in `Reading`
 
 # %% ../nbs/06_model.ipynb #60000002
 def spanning_attention(
@@ -111,7 +110,7 @@ def spanning_attention(
     out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if revela_reading is None: return out, None
     r, B = revela_reading, len(query) // 2
-    next(r.layers)
+    next(REACHED)
     keys, values = GatherRows.apply(torch.stack([key[:B], value[:B]])).unbind(1)       # (k, B, Hkv, L, D) each
     norm, scale = r.value_norm, 1.0
     if norm == "rescaled": norm, scale = "unit", value_scale(values.flatten(0, 1), r.key_mask.flatten(0, 1), norm)
@@ -159,10 +158,9 @@ def spanning_forward(
 )->InBatchOutput: # .loss and .plain_loss: means over *my* tokens
     "`in_batch_forward` for one process's share of a group that spans all. Every process must call it. Raises ValueError, TypeError."
     switch_to_spanning(base_lm(lm))
-    B, positions = len(input_ids), labelled_positions(labels, attention_mask)
+    B, at = len(input_ids), labelled_positions(labels, attention_mask).flatten().nonzero()[:, 0]
     reading = SpanningReading(weights.view(B, -1, B).transpose(0, 1), GatherRows.apply(attention_mask).bool(), value_norm, min_weight)
-    both, targets = positions.repeat(2, 1), labels[:, 1:][positions[:, :-1]]
-    return InBatchOutput(*stream_losses(lm, double(input_ids, attention_mask), reading, both, targets, plain))
+    return InBatchOutput(*stream_losses(lm, double(input_ids, attention_mask), reading, at, labels.flatten()[at + 1], plain))
 
 # %% ../nbs/06_model.ipynb #6a06c001
 class WeighingModule(nn.Module):

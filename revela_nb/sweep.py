@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .attention import add_key_bias, fold_queries, read_by_sdpa, select_pairs
 from .bench import SHAPES, BenchCase, bench_weights, layer_inputs, name_row
-from .kernel import read_chunks
+from .streams import read_chunks
 
 # %% ../nbs/14b_sweep.ipynb #14b00006
 SWEEP = { # axis -> its values, and what stays; "groups": of chunks, in one batch

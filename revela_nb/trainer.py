@@ -26,7 +26,7 @@ from transformers import TrainingArguments
 from .checkpoints import CheckpointTrainer, mean_sums, save_batch
 from .loading import save_retriever
 from .model import Revela, RevelaOutput, build_lm, count_similarities, other_similarities # build_lm: for those who look here
-from .patching import labelled_positions
+from .loss import labelled_positions
 from .retriever import Retriever
 
 # %% ../nbs/07_trainer.ipynb #c3e57b17

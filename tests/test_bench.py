@@ -9,7 +9,7 @@ from revela_nb import bench, patching, sweep
 from revela_nb.bench import (METHODS, BenchCase, attention_by, authors_attention, bench_weights, layer_inputs, loop_attention, measure_case,
                              needed_bytes, random_lm, run_bench, run_case, step_flops, training_step)
 from revela_nb.cli import main
-from revela_nb.kernel import read_chunks, triton_attention
+from revela_nb.streams import read_chunks, triton_attention
 from revela_nb.patching import in_batch_forward
 from revela_nb.sweep import by_sdpa, draw_bench, reading_memory, sweep_cases
 

@@ -22,7 +22,7 @@ MODELS = {
 
 
 NARROW = {**MODELS, "narrow": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**{**SMALL, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}))}
-WAYS = [*((name, path) for path in ("matmul", "sdpa") for name in MODELS), ("narrow", "triton")]           # Triton's interpreter is slow
+WAYS = [*((name, path) for path in ("matmul", "sdpa") for name in MODELS), ("narrow", "triton"), ("narrow", "streams"), ("mistral", "streams")]           # Triton's interpreter is slow
 on_every_path = pytest.mark.parametrize("lm, path", WAYS, indirect=True)
 
 
@@ -198,11 +198,11 @@ def test_a_head_that_scales_its_logits_is_run_in_whole():
     assert abs(in_batch_forward(granite, ids, mask, weights()).loss - quick.loss) > 1e-4
 
 
-@pytest.mark.parametrize("path, value_norm", [*((p, norm) for p in ("matmul", "sdpa") for norm in ("unit", "rescaled", "none")), ("triton", "unit")], indirect=["path"])
+@pytest.mark.parametrize("path, value_norm", [*((p, norm) for p in ("matmul", "sdpa", "streams") for norm in ("unit", "rescaled", "none")), ("triton", "unit")], indirect=["path"])
 def test_groups_in_one_batch_learn_what_they_learn_one_by_one(path, value_norm):
     "Loss and every gradient, of different chunks at different volumes: `rescaled` takes its mean over each group."
     torch.manual_seed(0)
-    model = NARROW["narrow" if path == "triton" else "qwen3"]().train()
+    model = NARROW["narrow" if path in ("triton", "streams") else "qwen3"]().train()
     texts = [rows([6, 6, 6], seed=0), [r % 9 + 5 for r in rows([6, 6, 6], seed=1)]]
     with torch.no_grad(): model.model.embed_tokens.weight[14:] *= 3                                                  # tokens that only the first group has
     pairs = [weights(seed=3), weights(seed=4)]
@@ -259,6 +259,34 @@ def test_compiled_layers_learn_the_same(monkeypatch, checkpointing):
     finally: torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_with_the_kernels_a_compiled_layer_is_one_graph(monkeypatch, checkpointing):
+    "The kernels are an operation the compiler knows: it does not stop at our attention, nor begin anew when there are other pairs or chunks."
+    pytest.importorskip("triton", reason="needs triton: pip install triton (Linux)")
+    if torch.cuda.is_available(): pytest.skip("everything is on the CPU here")
+    graphs, Reading = [], patching.Reading
+    def backend(graph, inputs): return graphs.append(graph) or torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+    def listed(weights, key_mask, *given, **options):
+        return Reading(weights, key_mask, *given, pairs=patching.double_pairs(patching.list_pairs(weights, key_mask)), **options)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    monkeypatch.setattr(patching, "Reading", listed)
+    torch.manual_seed(0)
+    lm = tf.LlamaForCausalLM(tf.LlamaConfig(**{**SMALL, "hidden_size": 64, "head_dim": 16})).train()
+    if checkpointing: lm.activation_checkpointing_enable({"use_reentrant": False})
+    ids, mask = pad(rows([6, 3, 5]), 6)
+    batches = [(ids, mask, w) for w in (weights(), weights() * torch.tensor([[0, 1, 1], [1, 0, 0], [1, 0, 0]]))] + [(*pad(rows([9, 3, 5, 7]), 9), weights(4))]
+    stock = [gradients(lm, *batch) for batch in batches]
+    monkeypatch.setattr(patching, "runs_triton", lambda query: True)
+    try:
+        compile_layers(lm)
+        found = []
+        for batch, expected in zip(batches * 2, stock * 2):
+            torch.testing.assert_close(gradients(lm, *batch), expected, atol=1e-5, rtol=1e-4)
+            found.append(len(graphs))
+        assert found[0] == 1 and found[-1] == found[2] <= 4, found                                           # other numbers of pairs, rows and tokens: at most one new graph each
+    finally: torch._dynamo.reset()
+
+
 def step(lm, chunks, group_size, length=24):
     "One forward of chunks without padding."
     g = torch.Generator().manual_seed(0)
@@ -281,7 +309,7 @@ def test_memory_grows_with_chunks_and_not_with_pairs(path):
     lm = NARROW["narrow"]().train()
     kept = {given: bytes_kept(lm, *given) for given in ((4, 2), (8, 2), (12, 2), (8, 4), (8, 8))}
     assert kept[12, 2] - kept[8, 2] == kept[8, 2] - kept[4, 2] > 0
-    a_pair = {"matmul": 0, "sdpa": 16, "triton": 20 + 4 * 2 * 24}[path]                                         # reader and read; and weight, and a number for each of 2 heads and 24 tokens
+    a_pair = {"matmul": 0, "sdpa": 16, "triton": 28 + 4 * 2 * 24, "streams": 36 + 4 * 2 * 24}[path]                                         # reader and read; and their order, weight and row in the doubled batch, and a number for each of 2 heads and 24 tokens
     assert kept[8, 8] - kept[8, 4] == a_pair * 8 * (7 - 3) and kept[8, 4] - kept[8, 2] == a_pair * 8 * (3 - 1)
     with attention_by(authors_attention): assert bytes_kept(lm, 8, 4) - kept[8, 4] > 4 * 8 * 8 * 2 * 24 * 24       # what is counted would show (N, N, H, L, L)
 

@@ -20,6 +20,8 @@ SHORT = {
     "00_tour": ONE_IDEA,
     "01_corpus": ONE_IDEA,
     "01c_reading": ONE_IDEA,
+    "04c_streams": ONE_IDEA,
+    "04d_loss": ONE_IDEA,
     "08b_bm25": ONE_IDEA,
     "09b_grouping": ONE_IDEA,
     "09c_copies": ONE_IDEA,
