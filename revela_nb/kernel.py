@@ -44,7 +44,7 @@ def list_pairs(
 
 # %% ../nbs/04b_kernel.ipynb #4b000012
 jit, constexpr = (triton.jit, tl.constexpr) if triton else (lambda function: function, int)
-# In all kernels: B chunks of L tokens, HKV key heads with R query heads each, of D numbers; tiles of M queries and N keys
+# In all kernels: B rows of L tokens, HKV key heads with R query heads each, of D numbers; tiles of M queries and N keys
 
 @jit
 def load_rows(

@@ -46,7 +46,8 @@ def test_without_a_gpu_the_interpreter_runs():
 
 
 def test_without_triton_the_module_loads():
-    code = "import sys; sys.modules['triton'] = None; from revela_nb import kernel; assert kernel.triton is None and callable(kernel.attend_forward)"
+    code = ("import sys; sys.modules['triton'] = None; from revela_nb import kernel, patching, streams; "
+            "assert kernel.triton is None and callable(kernel.attend_forward) and callable(streams.measure_rows)")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
