@@ -160,7 +160,7 @@ def spanning_forward(
     switch_to_spanning(base_lm(lm))
     B, at = len(input_ids), labelled_positions(labels, attention_mask).flatten().nonzero()[:, 0]
     reading = SpanningReading(weights.view(B, -1, B).transpose(0, 1), GatherRows.apply(attention_mask).bool(), value_norm, min_weight)
-    return InBatchOutput(*stream_losses(lm, double(input_ids, attention_mask), reading, at, labels.flatten()[at + 1], plain))
+    return InBatchOutput(*stream_losses(lm, double(input_ids, attention_mask), reading, at, labels.flatten()[at + 1].long(), plain))
 
 # %% ../nbs/06_model.ipynb #6a06c001
 class WeighingModule(nn.Module):

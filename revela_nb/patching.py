@@ -72,6 +72,7 @@ def in_batch_attention(
     if used: raise ValueError(f"{type(module).__name__} uses {used[0]}: the in-batch stream cannot be added to it")
     if revela_reading is None:
         raise ValueError(f"{type(module).__name__} does not hand keyword arguments on to its attention function")
+    if value.shape[-1] != query.shape[-1]: raise ValueError(f"{type(module).__name__} has values of another size than its queries")
     r, mask = revela_reading, attention_mask
     if r.pairs is None or not runs_triton(query) or kwargs.get("dropout") or mask is not None and mask.dtype != torch.bool:
         return attend_apart(module, query, key, value, mask, scaling, r, **kwargs), None
@@ -254,7 +255,7 @@ def in_batch_forward(
     check_batch(input_ids, attention_mask, weights, labels)
     labels = input_ids.masked_fill(attention_mask == 0, -100) if labels is None else labels
     at, inputs = labelled_positions(labels, attention_mask).flatten().nonzero()[:, 0], double(input_ids, attention_mask)
-    targets, n = labels.flatten()[at + 1], input_ids.numel()
+    targets, n = labels.flatten()[at + 1].long(), input_ids.numel()
     model, reading = base_lm(lm), Reading(weights, attention_mask.bool(), value_norm, min_weight, group_size=group_size)
     if weights.is_cuda: reading.pairs = double_pairs(list_pairs(weights, reading.key_mask, min_weight))
     with in_batch_mode(model), checkpoints_in_mode(model):

@@ -61,7 +61,7 @@ def attend_op(
     scaling:float, own:bool, unit:bool, # of `run_backward`
 )->tuple[Tensor, Tensor, Tensor, Tensor]: # (B, L, H, D) what every token reads; lengths, and both totals of `run_forward`
     "`value_lengths` and `run_forward` as one operation."
-    next(REACHED)
+    if own: next(REACHED)                                                              # else the caller counts
     mask = None if mask is None else mask.view(torch.uint8)
     length = value_lengths(value[:len(key_mask)], key_mask, unit)
     pairs = Pairs(weights, reader, read, first, by_read, first_read)
@@ -74,7 +74,7 @@ def attend_shapes(
 )->tuple: # without values
     "Shapes of the results."
     (B, L, H, D), HKV = query.shape, key.shape[2]
-    length, totals = value.new_empty(len(key_mask), L, HKV, dtype=torch.float32), [B if own else 0, reader.shape[0]]
+    length, totals = value.new_empty(key_mask.shape[0], L, HKV, dtype=torch.float32), [B if own else 0, reader.shape[0]]
     return torch.empty_like(query), length, *(query.new_empty(n, HKV, L * (H // HKV), dtype=torch.float32) for n in totals)
 
 # %% ../nbs/04c_streams.ipynb #4b000021

@@ -137,8 +137,8 @@ def both_streams(dtype, n, heads, kv, length, dim, seed, norm, window=None, exac
     return dict(zip(("output", "query", "key", "value", "similarity"), (out.detach(), *(x.grad for x in leaves))))
 
 
-@settings(max_examples=12, deadline=None)
-@given(n=st.integers(1, 4), kv=st.integers(1, 2), share=st.integers(1, 3), length=st.sampled_from([1, 7, 40]), seed=st.integers(0, 1000),
+@settings(max_examples=8, deadline=None)
+@given(n=st.integers(1, 3), kv=st.integers(1, 2), share=st.integers(1, 3), length=st.sampled_from([1, 7, 40]), seed=st.integers(0, 1000),
        norm=st.sampled_from(VALUE_NORMS), window=st.sampled_from([None, 3]))
 def test_both_streams_equal_stock_attention_and_einsum(n, kv, share, length, seed, norm, window):
     "With the model's mask: padding on either side, and a sliding window, which the cross-chunk part does not have."
