@@ -23,8 +23,9 @@ MODELS = {
 }
 
 
-NARROW = {**MODELS, "narrow": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**{**SMALL, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}))}
-WAYS = [*((name, path) for path in ("matmul", "sdpa") for name in MODELS), ("narrow", "triton"), ("narrow", "streams"), ("mistral", "streams")]           # Triton's interpreter is slow
+ONE = {**SMALL, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
+NARROW = {**MODELS, "narrow": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**ONE)), "sliding": lambda: tf.MistralForCausalLM(tf.MistralConfig(**ONE, sliding_window=4))}
+WAYS = [*((name, path) for path in ("matmul", "sdpa") for name in MODELS), ("narrow", "triton"), ("sliding", "streams")]           # Triton's interpreter is slow
 on_every_path = pytest.mark.parametrize("lm, path", WAYS, indirect=True)
 
 
